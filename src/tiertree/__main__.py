@@ -1,0 +1,5 @@
+"""`python -m tiertree` is `tiertree`."""
+
+from .cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,354 @@
+"""The one configuration of a cache: frozen, validated once, readable from TOML.
+
+    CacheConfig ─┬─ layout: KVLayout          what the bytes of one page are (None: metadata only)
+                 ├─ sidecars: SidecarConfig…  pools that ride on another kind's slots
+                 ├─ device: DeviceConfig      L1, always there
+                 ├─ host: HostConfig | None   L2
+                 ├─ storage: StorageConfig | None   L3, needs L2
+                 └─ prefetch, load_back       when to move pages up, and how many
+
+Sizes are whole pages (`int`) or bytes (`"40GiB"`); durations are seconds. Whatever cannot work raises
+`ConfigError`, whose message starts with the field (`device.size: …`) and says what is allowed.
+"""
+
+from __future__ import annotations
+
+import tomllib
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from os import PathLike, fspath
+from typing import Any, Final, Self
+
+from .kvlayout import (
+    BYTES_ALLOWED,
+    Attention,
+    KVLayout,
+    MemoryOrder,
+    SidecarConfig,
+    pages_of,
+    parse_bytes,
+    slot_bytes,
+)
+from .types import ConfigError, StopRule, WritePolicy
+from .validate import a_text, an_instance, an_integer, as_enum, from_table, one_of, refused, seconds
+
+__all__ = [
+    "Attention",
+    "CacheConfig",
+    "DeviceConfig",
+    "Durability",
+    "HostConfig",
+    "KVLayout",
+    "LoadBackConfig",
+    "MemoryOrder",
+    "PrefetchConfig",
+    "SidecarConfig",
+    "StorageConfig",
+    "TierConfig",
+    "pages_of",
+    "parse_bytes",
+    "slot_bytes",
+]
+
+
+class Durability(StrEnum):
+    """What an acknowledged persist has survived: NONE a killed process, BATCH a power cut too."""
+
+    NONE = "none"
+    BATCH = "batch"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierConfig:
+    """One in-memory tier."""
+
+    size: int | str
+    """Capacity: pages (int), or bytes of all its pools together as text ("40GiB"), rounded down to pages."""
+    order: MemoryOrder = MemoryOrder.PAGE_FIRST_DIRECT
+    """Memory order of its pools."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.size, str):
+            parse_bytes(self.size)
+        else:
+            an_integer(self, "size", 1, f"pages as an int of at least 1, or bytes: {BYTES_ALLOWED}")
+        as_enum(self, "order", MemoryOrder)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceConfig(TierConfig):
+    """L1: where attention reads."""
+
+    order: MemoryOrder = MemoryOrder.LAYER_FIRST
+    """Memory order of its pools."""
+    torch_device: str = "cpu"
+    """Any torch device: "cpu", "cuda:0"."""
+
+    def __post_init__(self) -> None:
+        TierConfig.__post_init__(self)
+        a_text(self, "torch_device", 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostConfig(TierConfig):
+    """L2: main memory, pinned where CUDA is present."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorageConfig:
+    """L3: one directory on disk, of this cache alone."""
+
+    path: str
+    """Directory, made when missing; a relative one is relative to the working directory."""
+    size: int | str
+    """Capacity in bytes (int, or text as "1TiB"): everything the directory holds."""
+    segment_size: int | str | None = None
+    """Bytes per data file, at most `size`; None lets the backend choose."""
+    durability: Durability = Durability.BATCH
+    """"none": an acknowledged page survives a killed process; "batch": synced before the acknowledgement."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.path, PathLike):
+            object.__setattr__(self, "path", fspath(self.path))
+        a_text(self, "path", 1)
+        as_enum(self, "durability", Durability)
+        if (self.segment_bytes or 1) > self.size_bytes:
+            raise refused("segment_size", self.segment_size, f"at most size {self.size!r}")
+
+    @property
+    def size_bytes(self) -> int:
+        """`size` in bytes."""
+        return parse_bytes(self.size)
+
+    @property
+    def segment_bytes(self) -> int | None:
+        """`segment_size` in bytes."""
+        return None if self.segment_size is None else parse_bytes(self.segment_size, "segment_size")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefetchConfig:
+    """Reading pages from storage into host ahead of a request."""
+
+    stop_rule: StopRule = StopRule.TIMEOUT
+    """When to stop waiting: "best_effort" at once, "wait_complete" never, "timeout" after the time below."""
+    min_tokens: int = 256
+    """Token units below which a prefetch is refused: not worth the reads."""
+    base_seconds: float = 1.0
+    """"timeout": seconds that every prefetch gets."""
+    per_1024_tokens_seconds: float = 0.25
+    """"timeout": further seconds per 1,024 token units asked for."""
+    max_pages_in_flight: int = 65_536
+    """Pages that all prefetches under way may hold together; more are refused."""
+
+    def __post_init__(self) -> None:
+        as_enum(self, "stop_rule", StopRule)
+        an_integer(self, "min_tokens", 0)
+        seconds(self, "base_seconds")
+        seconds(self, "per_1024_tokens_seconds")
+        an_integer(self, "max_pages_in_flight", 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadBackConfig:
+    """Copying pages from host back to device."""
+
+    min_tokens: int = 10
+    """Token units below which recomputing is better than loading."""
+    max_pages: int | None = None
+    """Pages that one load-back may bring at most; None: what there is room for."""
+
+    def __post_init__(self) -> None:
+        an_integer(self, "min_tokens", 0)
+        if self.max_pages is not None:
+            an_integer(self, "max_pages", 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """All that a `PrefixCache` is told. Raises `ConfigError` for what cannot work, warns where unwise."""
+
+    device: DeviceConfig
+    """L1."""
+    host: HostConfig | None = None
+    """L2; None: no such tier."""
+    storage: StorageConfig | None = None
+    """L3; None: no such tier until one is attached. Needs `host` and `layout`."""
+    page_size: int = 16
+    """Token units per page, the unit of every length in the tree."""
+    unit_bits: int = 32
+    """Width of a token unit: 32 or 64."""
+    bigram: bool = False
+    """Make each unit of two neighbouring tokens (EAGLE); needs `unit_bits` 64."""
+    layout: KVLayout | None = None
+    """What the pages of kind FULL are; None: metadata only, no bytes anywhere."""
+    sidecars: tuple[SidecarConfig, ...] = ()
+    """Further pools on the same slots; need `layout`."""
+    write_policy: WritePolicy = WritePolicy.WRITE_THROUGH
+    """When a page is backed up to host."""
+    selective_hits: int = 1
+    """write_through_selective: the hit at which a page is backed up. A hit is a match that reaches the page
+    after it was inserted (HiCache counts the insert as well: its 2 is our 1)."""
+    eviction: str = "lru"
+    """Name of the eviction policy; the cache refuses one that it does not know."""
+    prefetch: PrefetchConfig = field(default_factory=PrefetchConfig)
+    """Storage to host."""
+    load_back: LoadBackConfig = field(default_factory=LoadBackConfig)
+    """Host to device."""
+    model: str = ""
+    """Which model made the bytes; part of every page hash."""
+    revision: str = ""
+    """Which weights of that model; part of every page hash."""
+    shard: str = ""
+    """Which part of the model this worker holds ("tp0/2"); part of every storage key."""
+    op_deadline_seconds: float = 30.0
+    """Seconds after which the slots of an unfinished operation count as LOST."""
+    max_operations: int = 4096
+    """Operations in flight at most."""
+    transfer_threads: int = 1
+    """Worker threads between device and host (CPU engine)."""
+    storage_threads: int = 2
+    """Worker threads between host and storage."""
+    events: bool = False
+    """Record KV events for `take_events()`."""
+    events_max: int = 100_000
+    """Events kept until they are taken; older ones are dropped and counted."""
+
+    def __post_init__(self) -> None:
+        one_of(self, "unit_bits", (32, 64))
+        for name in ("page_size", "selective_hits", "max_operations", "events_max"):
+            an_integer(self, name, 1)
+        for name in ("transfer_threads", "storage_threads"):
+            an_integer(self, name, 1, high=256)
+        for name in ("bigram", "events"):
+            one_of(self, name, (False, True))
+        for name in ("model", "revision", "shard"):
+            a_text(self, name)
+        a_text(self, "eviction", 1)
+        seconds(self, "op_deadline_seconds", above_zero=True)
+        as_enum(self, "write_policy", WritePolicy)
+        _tables(self)
+        _consistent(self)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one page with all its sidecars; 0 for metadata only."""
+        return 0 if self.layout is None else slot_bytes(self.layout, self.sidecars)
+
+    @property
+    def device_pages(self) -> int:
+        """Capacity of the device tier in pages."""
+        return pages_of(self.device.size, self.layout, self.sidecars, "device.size")
+
+    @property
+    def host_pages(self) -> int:
+        """Capacity of the host tier in pages; 0 when there is none."""
+        return pages_of(self.host.size, self.layout, self.sidecars, "host.size") if self.host else 0
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """A configuration from nested tables, as TOML or JSON give them. `page_size` of a layout may be left
+        out: it is the cache's. Unknown keys are refused with a suggestion and the list of those allowed."""
+        return from_table(cls, _with_page_size(values), _TABLES)
+
+    @classmethod
+    def from_toml(cls, path: str | PathLike[str]) -> Self:
+        """A configuration from a TOML file; every error names the file."""
+        try:
+            with open(path, "rb") as file:
+                return cls.from_mapping(tomllib.load(file))
+        except OSError as error:
+            raise ConfigError(f"{fspath(path)}: cannot be read: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{fspath(path)}: is not TOML: {error}") from error
+        except ConfigError as error:
+            raise ConfigError(f"{fspath(path)}: {error}") from None
+
+
+_TABLES: Final[dict[str, type[Any] | tuple[type[Any]]]] = {
+    "layout": KVLayout,
+    "sidecars": (SidecarConfig,),
+    "device": DeviceConfig,
+    "host": HostConfig,
+    "storage": StorageConfig,
+    "prefetch": PrefetchConfig,
+    "load_back": LoadBackConfig,
+}
+_OPTIONAL: Final = ("layout", "host", "storage")
+
+
+def _with_page_size(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`values`, its layouts with the cache's page size where they name none."""
+    if not isinstance(values, Mapping) or "page_size" not in values:
+        return values
+
+    def filled(table: Any) -> Any:
+        return {"page_size": values["page_size"], **table} if isinstance(table, Mapping) else table
+
+    def sidecar(table: Any) -> Any:
+        return {**table, "layout": filled(table["layout"])} if "layout" in table else table
+
+    result = dict(values)
+    if "layout" in values:
+        result["layout"] = filled(values["layout"])
+    if isinstance(values.get("sidecars"), list | tuple):
+        result["sidecars"] = [
+            sidecar(each) if isinstance(each, Mapping) else each for each in values["sidecars"]
+        ]
+    return result
+
+
+def _tables(config: CacheConfig) -> None:
+    """Refuse nested parts of the wrong type."""
+    if not isinstance(config.sidecars, tuple):
+        raise refused("sidecars", config.sidecars, "a tuple of SidecarConfig (in TOML: [[sidecars]])")
+    for index, each in enumerate(config.sidecars):
+        if not isinstance(each, SidecarConfig):
+            raise refused(f"sidecars[{index}]", each, "a SidecarConfig (in TOML: a table)")
+    for name, table in _TABLES.items():
+        if not isinstance(table, tuple) and not (name in _OPTIONAL and getattr(config, name) is None):
+            an_instance(config, name, table)
+
+
+def _consistent(config: CacheConfig) -> None:
+    """Refuse parts that are well by themselves but cannot work together."""
+    if config.bigram and config.unit_bits != 64:
+        raise ConfigError("bigram: two 32-bit tokens make a 64-bit unit; allowed: only with unit_bits 64")
+    _consistent_layouts(config)
+    if config.storage is not None:
+        if config.host is None:
+            raise ConfigError("storage: pages reach storage through host; allowed: only with a host")
+        if config.layout is None:
+            raise ConfigError("storage: without a layout there are no bytes; allowed: only with a layout")
+        if config.storage.size_bytes < config.slot_bytes:
+            raise ConfigError(
+                f"storage.size: less than one page; allowed: at least {config.slot_bytes} bytes"
+            )
+    device, host = config.device_pages, config.host_pages
+    if config.host is not None and host < device and config.write_policy is not WritePolicy.WRITE_BACK:
+        warnings.warn(
+            f"host.size: {host} pages are fewer than the device's {device}; under {config.write_policy} host "
+            "keeps copies of what device holds, so it adds few hits of its own and pages lose their copies "
+            "before device evicts them; make host larger than device, or use write_back",
+            stacklevel=4,
+        )
+
+
+def _consistent_layouts(config: CacheConfig) -> None:
+    """Refuse layouts of another page size, and sidecars that repeat or ride on nothing."""
+    names = [each.name for each in config.sidecars]
+    if names and config.layout is None:
+        raise ConfigError("sidecars: there is no layout whose slots they share; allowed: only with a layout")
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise ConfigError(f"sidecars[{index}].name: {name!r} is used twice; allowed: each name once")
+    layouts = {f"sidecars[{index}].layout": each.layout for index, each in enumerate(config.sidecars)}
+    if config.layout is not None:
+        layouts["layout"] = config.layout
+    for where, layout in layouts.items():
+        if layout.page_size != config.page_size:
+            raise refused(
+                f"{where}.page_size", layout.page_size, f"the cache's page_size, {config.page_size}"
+            )

@@ -1,0 +1,89 @@
+"""The loop between the tree and its executor, and the only places where anybody waits.
+
+submit   actions ──▶ executor
+poll     executor ──completions──▶ tree, then deadlines, then submit
+drain, make_room   poll until something is so, or a deadline has passed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .executor import Executor
+from .tree.core import Core
+from .types import Tier
+
+WAIT_SECONDS_MAX = 0.1
+"""Longest single sleep, so that deadlines of operations are looked at in between."""
+
+
+class Evicted:
+    """What an evict did: `freed` slots are free now, `pending` pages are still being copied away."""
+
+    __slots__ = ("freed", "pending")
+
+    def __init__(self, freed: int, pending: int) -> None:
+        self.freed = freed
+        self.pending = pending
+
+    def __repr__(self) -> str:
+        return f"Evicted(freed={self.freed}, pending={self.pending})"
+
+
+class Driver:
+    """Carries actions and completions between one tree and one executor."""
+
+    __slots__ = ("_clock", "_core", "executor")
+
+    def __init__(self, core: Core, executor: Executor, clock: Callable[[], float]) -> None:
+        self._core = core
+        self._clock = clock
+        self.executor = executor
+
+    def submit(self) -> None:
+        """Hand over what the tree wants done."""
+        for action in self._core.take_actions():
+            self.executor.submit(action)
+
+    def poll(self) -> int:
+        """Let finished work take effect. Never waits. Returns how many completions there were."""
+        completions, now = self.executor.poll(), self._clock()
+        for completion in completions:
+            self._core.complete(completion, now)
+        self._core.expire(now)
+        self.submit()
+        return len(completions)
+
+    def drain(self, deadline_s: float) -> bool:
+        """Poll until nothing is in flight, for at most `deadline_s` seconds. Returns whether it is so."""
+        end = self._clock() + deadline_s
+        while self._core.operations.in_flight:
+            if not self._progress(end):
+                return False
+        return True
+
+    def make_room(self, tier: Tier, target: int, deadline_s: float | None) -> Evicted:
+        """Evict until `target` slots of `tier` are free, nothing more can be done, or the deadline (None:
+        that of an operation)."""
+        core, ledger = self._core, self._core.radix.ledgers[tier]
+        before, pending = ledger.free, 0
+        end = self._clock() + (core.rules.op_deadline_seconds if deadline_s is None else deadline_s)
+        while ledger.free < target:
+            short = target - ledger.free - core.operations.leaving(tier)
+            if short > 0:
+                freed, pending = core.evict(tier, short, self._clock())
+                self.submit()
+                if freed:
+                    continue
+            if not core.operations.touch(tier) or not self._progress(end):
+                break
+        return Evicted(max(0, ledger.free - before), 0 if ledger.free >= target else pending)
+
+    def _progress(self, end: float) -> bool:
+        """Poll; where that brings nothing sleep a little. False once `end` has passed."""
+        if not self.poll():
+            left = end - self._clock()
+            if left <= 0:
+                return False
+            self.executor.wait(min(left, WAIT_SECONDS_MAX))
+        return True

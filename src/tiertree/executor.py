@@ -1,0 +1,242 @@
+"""The executor: does what the tree asks, and says so. It decides nothing.
+
+owner's thread                        worker threads
+submit(Copy) ──▶ transfer engine ───▶ copies pages      ┐
+submit(Put, Get, Query) ──▶ queue ──▶ storage backend   ├─▶ finished ──▶ doorbell
+poll() ◀── [Completion, …] ◀──────────────────────────── ┘
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from .pools.group import PoolGroup
+from .storage.base import Storage
+from .storage.workers import StorageWorkers, answer
+from .transfer.engine import TransferEngine
+from .transfer.op import Transfer, moves_between
+from .tree.actions import Action, Cancel, Completion, Copy
+from .types import Tier
+
+
+class Executor(Protocol):
+    """What carries out actions. Every method but `ring` is called by the cache's own thread only."""
+
+    def submit(self, action: Action) -> None:
+        """Start `action`, or refuse it by a final Completion with an error. Never waits."""
+        ...
+
+    def poll(self) -> list[Completion]:
+        """What has been done since the last call, in order of finishing. Never waits."""
+        ...
+
+    def wait(self, seconds: float) -> None:
+        """Sleep until something may be there to poll, or `ring`, or for `seconds`."""
+        ...
+
+    def ring(self) -> None:
+        """Wake `wait`. From any thread."""
+        ...
+
+    def fileno(self) -> int:
+        """A descriptor that is readable when something may be there to poll; −1 if there is none."""
+        ...
+
+    def layers_done(self, op: int) -> int:
+        """How many leading layers of the copy `op` have arrived."""
+        ...
+
+    def attach(self, storage: Storage | None) -> None:
+        """Use `storage` for what is submitted from now on (None: there is none)."""
+        ...
+
+    def close(self, deadline_s: float) -> tuple[int, ...]:
+        """Stop all workers; returns the operations that were abandoned. Idempotent."""
+        ...
+
+
+class Doorbell:
+    """A pipe that is readable from `ring` until `quiet`: any number of rings is one."""
+
+    __slots__ = ("_read", "_write")
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._read, False)
+        os.set_blocking(self._write, False)
+
+    def fileno(self) -> int:
+        """The descriptor to wait on."""
+        return self._read
+
+    def ring(self) -> None:
+        """Make it readable. From any thread; does nothing once closed."""
+        with contextlib.suppress(BlockingIOError):
+            if self._write >= 0:
+                os.write(self._write, b"\0")
+
+    def quiet(self) -> None:
+        """Make it unreadable until the next ring."""
+        with contextlib.suppress(BlockingIOError):
+            while len(os.read(self._read, 4096)) == 4096:
+                pass
+
+    def wait(self, seconds: float) -> None:
+        """Sleep until it is readable or `seconds` have passed."""
+        poller = select.poll()
+        poller.register(self._read, select.POLLIN)
+        poller.poll(max(0.0, seconds) * 1000)
+
+    def close(self) -> None:
+        """Close both ends."""
+        write, self._write = self._write, -1
+        os.close(write)
+        os.close(self._read)
+
+
+class PoolExecutor:
+    """Moves real bytes between pools and to and from a storage backend."""
+
+    def __init__(
+        self,
+        device: PoolGroup,
+        host: PoolGroup | None,
+        make_engine: Callable[[Callable[[], None]], TransferEngine],
+        storage_threads: int,
+        queue_max: int,
+        shard: str,
+    ) -> None:
+        self._bell = Doorbell()
+        self._pools = {Tier.DEVICE: device, Tier.HOST: host}
+        self._done: deque[Completion] = deque()
+        self._engine = make_engine(self._bell.ring)
+        self._pages: dict[int, int] = {}
+        self._workers = (
+            None if host is None else StorageWorkers(host, storage_threads, queue_max, shard, self._finished)
+        )
+        self._closed = False
+
+    def _finished(self, completion: Completion) -> None:
+        self._done.append(completion)
+        self._bell.ring()
+
+    def submit(self, action: Action) -> None:
+        """See `Executor.submit`."""
+        if isinstance(action, Copy):
+            self._copy(action)
+        elif isinstance(action, Cancel):
+            self._engine.cancel(action.op)
+            if self._workers is not None:
+                self._workers.cancel(action.op)
+        elif self._workers is None:
+            self._finished(Completion(action.op, 0, "there is no host tier"))
+        else:
+            self._workers.submit(action)
+
+    def _copy(self, action: Copy) -> None:
+        source, target = self._pools[action.source], self._pools[action.target]
+        assert source is not None
+        assert target is not None
+        moves = tuple(
+            pool_move
+            for move in action.moves
+            for pool_move in moves_between(source, target, move.kind, move.source, move.target)
+        )
+        self._pages[action.op] = sum(len(move.source) for move in action.moves)
+        if not self._engine.submit(Transfer(action.op, moves)):
+            del self._pages[action.op]
+            self._finished(Completion(action.op, 0, "the transfer queue is full"))
+
+    def poll(self) -> list[Completion]:
+        """See `Executor.poll`."""
+        self._bell.quiet()
+        done = [self._done.popleft() for _ in range(len(self._done))]
+        for each in self._engine.poll():
+            pages = self._pages.pop(each.op)
+            done.append(Completion(each.op, 0 if each.error else pages, each.error))
+        return done
+
+    def wait(self, seconds: float) -> None:
+        """See `Executor.wait`."""
+        self._bell.wait(seconds)
+
+    def ring(self) -> None:
+        """See `Executor.ring`."""
+        self._bell.ring()
+
+    def fileno(self) -> int:
+        """See `Executor.fileno`."""
+        return self._bell.fileno()
+
+    def layers_done(self, op: int) -> int:
+        """See `Executor.layers_done`."""
+        return self._engine.layers_done(op)
+
+    def attach(self, storage: Storage | None) -> None:
+        """See `Executor.attach`."""
+        if self._workers is not None:
+            self._workers.storage = storage
+
+    def close(self, deadline_s: float) -> tuple[int, ...]:
+        """See `Executor.close`."""
+        if self._closed:
+            return ()
+        self._closed = True
+        abandoned = self._engine.close(deadline_s)
+        if self._workers is not None:
+            abandoned += self._workers.close(deadline_s)
+        if not abandoned:
+            self._bell.close()
+        return abandoned
+
+
+class MetadataExecutor:
+    """Moves no bytes: every copy is done at once, and storage is asked with empty buffers."""
+
+    def __init__(self) -> None:
+        self._done: list[Completion] = []
+        self._storage: Storage | None = None
+
+    def submit(self, action: Action) -> None:
+        """See `Executor.submit`. Done before it returns."""
+        if isinstance(action, Cancel):
+            return
+        if isinstance(action, Copy):
+            done = Completion(action.op, sum(len(move.source) for move in action.moves))
+        elif self._storage is None:
+            done = Completion(action.op, 0, "no storage is attached")
+        else:
+            done = answer(action, self._storage)
+        self._done.append(done)
+
+    def poll(self) -> list[Completion]:
+        """See `Executor.poll`."""
+        done, self._done = self._done, []
+        return done
+
+    def wait(self, seconds: float) -> None:
+        """See `Executor.wait`: nothing is ever under way here, so there is nothing to wait for."""
+
+    def ring(self) -> None:
+        """See `Executor.ring`."""
+
+    def fileno(self) -> int:
+        """See `Executor.fileno`."""
+        return -1
+
+    def layers_done(self, op: int) -> int:
+        """See `Executor.layers_done`: no copy is ever in progress."""
+        return 0
+
+    def attach(self, storage: Storage | None) -> None:
+        """See `Executor.attach`."""
+        self._storage = storage
+
+    def close(self, deadline_s: float) -> tuple[int, ...]:
+        """See `Executor.close`."""
+        return ()

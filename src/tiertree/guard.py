@@ -1,0 +1,63 @@
+"""Whether an argument is what a cache can take: one of its own objects, of the right type."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .tree.fetch import Prefetch
+from .tree.key import Key, KeyMaker
+from .tree.lease import Lease, Match
+from .tree.load import LoadBack
+from .types import ForeignObject, InvalidSlots, LeaseReleased
+
+
+class Guard:
+    """Checks arguments for the cache whose keys `maker` makes. Every check raises, or changes nothing."""
+
+    __slots__ = ("_maker",)
+
+    def __init__(self, maker: KeyMaker) -> None:
+        self._maker = maker
+
+    def key(self, key: Key) -> None:
+        """`key` was made by this cache. Raises ForeignObject."""
+        if not isinstance(key, Key) or key.maker is not self._maker:
+            raise ForeignObject(
+                "this key was not made by this cache" if isinstance(key, Key) else _needs("Key", key)
+            )
+
+    def match(self, match: Match) -> None:
+        """`match` was made by this cache. Raises ForeignObject."""
+        if not isinstance(match, Match):
+            raise ForeignObject(_needs("Match", match))
+        self.key(match.key)
+
+    def lease(self, lease: Lease) -> None:
+        """`lease` is this cache's and still held. Raises ForeignObject, LeaseReleased."""
+        if not isinstance(lease, Lease):
+            raise ForeignObject(_needs("Lease", lease))
+        self.key(lease.key)
+        if lease.released:
+            raise LeaseReleased("this lease was released")
+
+    def load_back(self, load_back: LoadBack) -> None:
+        """`load_back` is this cache's. Raises ForeignObject."""
+        if not isinstance(load_back, LoadBack):
+            raise ForeignObject(_needs("LoadBack", load_back))
+        self.key(load_back.lease.key)
+
+    def prefetch(self, prefetch: Prefetch) -> None:
+        """`prefetch` is this cache's. Raises ForeignObject."""
+        if not isinstance(prefetch, Prefetch):
+            raise ForeignObject(_needs("Prefetch", prefetch))
+        self.key(prefetch.key)
+
+
+def count(name: str, value: int) -> None:
+    """`value` is an integer of at least 0. Raises InvalidSlots."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 0:
+        raise InvalidSlots(f"{name} must be an integer of at least 0, got {value!r}")
+
+
+def _needs(wanted: str, got: object) -> str:
+    return f"a {wanted} of this cache is needed, got {type(got).__name__}"

@@ -1,0 +1,156 @@
+"""What a replay looks like: a progress bar or a live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .report import TIERS, Report, Tally
+
+SECONDS_BETWEEN_LOOKS = 0.1
+LINES = 10
+
+
+class ProgressBar:
+    """A bar with the hit ratio so far. Watches a replay of `requests`; nothing stays of it."""
+
+    def __init__(self, console: Console, requests: int) -> None:
+        self._bar = Progress(
+            TextColumn("replaying"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("hit ratio {task.fields[ratio]:.4f}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=requests, ratio=0.0)
+        self._due = _Every(SECONDS_BETWEEN_LOOKS)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, tally: Tally) -> None:
+        if self._due():
+            self._bar.update(self._task, completed=tally.requests, ratio=tally.hit_ratio)
+
+
+class LiveHits:
+    """A table of hits by tier that grows as the replay does."""
+
+    def __init__(self, console: Console, requests: int) -> None:
+        self._requests = requests
+        self._live = Live(self._table(Tally()), console=console, auto_refresh=False, transient=True)
+        self._due = _Every(SECONDS_BETWEEN_LOOKS)
+
+    def __enter__(self) -> Self:
+        self._live.start(refresh=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._live.stop()
+
+    def __call__(self, tally: Tally) -> None:
+        if self._due():
+            self._live.update(self._table(tally), refresh=True)
+
+    def _table(self, tally: Tally) -> Table:
+        table = Table(title=f"request {tally.requests:,} of {self._requests:,}", title_justify="left")
+        table.add_column("tier")
+        table.add_column("pages hit", justify="right", min_width=9)
+        table.add_column("of all pages", min_width=50)
+        for name, hit, style in zip(TIERS, tally.hits, ("green", "cyan", "magenta"), strict=True):
+            share = hit / max(tally.pages, 1)
+            table.add_row(name, f"{hit:,}", f"[{style}]{'█' * round(40 * share)}[/] {share:.1%}")
+        missed = tally.pages - sum(tally.hits)
+        share = missed / max(tally.pages, 1)
+        table.add_row("computed", f"{missed:,}", f"[dim]{'█' * round(40 * share)}[/] {share:.1%}")
+        return table
+
+
+class Lines:
+    """One line of text after every tenth of the requests."""
+
+    def __init__(self, write: Callable[[str], None], requests: int) -> None:
+        self._write = write
+        self._requests = requests
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def __call__(self, tally: Tally) -> None:
+        done, requests = tally.requests, self._requests
+        if done * LINES // requests != (done - 1) * LINES // requests:
+            hits = "  ".join(f"{name} {hit:6d}" for name, hit in zip(TIERS, tally.hits, strict=True))
+            self._write(f"request {done:5d} of {requests}: {hits}  hit ratio {tally.hit_ratio:.4f}")
+
+
+class _Every:
+    """True at most once in so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._last = 0.0
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        if now - self._last < self._seconds:
+            return False
+        self._last = now
+        return True
+
+
+def results(report: Report) -> Table:
+    """The final table: hits, writes and evictions by tier."""
+    found, tally = report.as_dict(), report.tally
+    disk = report.stats.storage
+    pages_now = (report.stats.device.resident, report.stats.host.resident, disk.pages if disk else 0)
+    table = Table(box=None, pad_edge=False, header_style="")
+    for title in ("tier", "holds", "pages hit", "of all", "written", "evicted"):
+        table.add_column(title, justify="left" if title == "tier" else "right")
+    for name, now, hit in zip(TIERS, pages_now, tally.hits, strict=True):
+        written = found["written_pages"].get(name, tally.pages - sum(tally.hits) - tally.uncached)
+        evicted = found["evicted_pages"][name]
+        share = f"{hit / max(tally.pages, 1):.4f}"
+        table.add_row(name, f"{now:,}", f"{hit:,}", share, f"{written:,}", f"{evicted:,}")
+    table.add_row("together", "", f"{sum(tally.hits):,}", f"{tally.hit_ratio:.4f}", "", "")
+    return table
+
+
+def sentences(report: Report, real_bytes: bool) -> list[str]:
+    """What else there is to say, one sentence a line; the verdict on the bytes comes last."""
+    found, tally = report.as_dict(), report.tally
+    rate = tally.requests / report.seconds if report.seconds else 0.0
+    lines = [
+        f"{tally.requests:,} requests, {tally.pages:,} pages, {report.unique_pages:,} of them different, "
+        f"in {report.seconds:.1f} s ({rate:,.0f} requests/s)"
+    ]
+    for name, what in (
+        ("dropped_pages", "pages were dropped because host had no room"),
+        ("uncached_pages", "pages did not fit on device"),
+        ("failed_operations", "operations failed or were late"),
+    ):
+        if found[name]:
+            lines.append(f"{found[name]:,} {what}")
+    if sum(tally.corrupted):
+        flipped = ", ".join(f"{count} on {name}" for name, count in zip(TIERS, tally.corrupted, strict=True))
+        lines.append(f"flipped a byte in pages on purpose: {flipped}")
+    if real_bytes:
+        lines.append(
+            f"verified {tally.verified:,} pages, {tally.mismatched:,} mismatches, "
+            f"{found['checksum_failures']:,} checksum failures"
+        )
+    return lines

@@ -1,0 +1,152 @@
+"""What comes of pages that were copied between the in-memory tiers: they become READY, wait, or go.
+
+Where a tier is prefix-closed a page becomes READY only after the page before it, whatever the order
+in which transfers finish; so events announce parents first and nothing READY ever hangs behind a
+transfer that fails.
+
+    page before      is READY, or a root     is FILLING      is not there
+    then             commit                  park            the copy is useless: fail
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+
+import numpy as np
+
+from ..types import Tier
+from .counters import Counters
+from .journal import runs
+from .ledger import NODE_FILLING, NODE_READY
+from .node import Node, fragments, subtree
+from .operation import Operation, Operations
+from .radix import HOST, Radix
+
+
+class Before(Enum):
+    """What holds of the page before an operation's first one, on its target tier."""
+
+    READY = "ready"
+    FILLING = "filling"
+    ABSENT = "absent"
+
+
+class Arrivals:
+    """Commits, parks and fails copies. `settled(operation, ok)` is called once for each."""
+
+    __slots__ = ("_counters", "_operations", "_parked", "_radix", "_settled")
+
+    def __init__(
+        self,
+        radix: Radix,
+        operations: Operations,
+        counters: Counters,
+        settled: Callable[[Operation, bool], None],
+    ) -> None:
+        self._radix = radix
+        self._operations = operations
+        self._counters = counters
+        self._settled = settled
+        self._parked: list[Operation] = []
+
+    def arrive(self, operation: Operation, ok: bool) -> None:
+        """The executor is done with a copy. Settles it, and then what was waiting for it."""
+        operation.arrived = True
+        self._parked.append(operation)
+        if not ok:
+            self.fail(operation)
+            self._parked.remove(operation)
+            self._finish(operation, False)
+        self._retry()
+
+    def late(self, operation: Operation) -> None:
+        """Give up on a copy that is past its deadline: its target slots are LOST until it comes home."""
+        self.fail(operation)
+        self._radix.ledgers[operation.target_tier].lose(operation.target)
+        self._settled(operation, False)
+        self._retry()
+
+    def _retry(self) -> None:
+        again = True
+        while again:
+            again = False
+            for operation in list(self._parked):
+                before = self.before(operation)
+                if before is Before.FILLING:
+                    continue
+                ok = before is Before.READY and self._commit(operation)
+                if before is Before.ABSENT:
+                    self.fail(operation)
+                self._parked.remove(operation)
+                self._finish(operation, ok)
+                again = True
+
+    def _finish(self, operation: Operation, ok: bool) -> None:
+        self._operations.finish(operation)
+        self._settled(operation, ok)
+
+    def before(self, operation: Operation) -> Before:
+        """What holds of the page before the operation's first. O(depth in nodes)."""
+        tier = operation.target_tier
+        if not operation.first or (tier == HOST and not self._radix.host_prefix_closed):
+            return Before.READY
+        assert operation.end is not None
+        for node, low, _ in fragments(operation.end, operation.first - 1, 1):
+            lane = node.lanes[tier]
+            if node.detached or lane.slots is None or lane.slots[low] < 0:
+                return Before.ABSENT
+            ready = self._radix.ledgers[tier].book[lane.slots[low]] == NODE_READY
+            return Before.READY if ready else Before.FILLING
+        return Before.ABSENT
+
+    def _ours(self, operation: Operation) -> list[tuple[Node, int, int]]:
+        """Fragments whose slots are still this operation's, parents first."""
+        assert operation.end is not None
+        tier, ours = operation.target_tier, []
+        for node, low, high in fragments(operation.end, operation.first, operation.count):
+            slots = node.lanes[tier].slots
+            if slots is None:
+                continue
+            at = node.start + low - operation.first
+            same = np.flatnonzero(slots[low:high] == operation.target[at : at + high - low]) + low
+            ours += [(node, begin, stop) for begin, stop in reversed(runs(same))]
+        return ours[::-1]
+
+    def _commit(self, operation: Operation) -> bool:
+        """Make READY what is still this operation's. Returns whether that is all it was asked for."""
+        radix, tier, committed = self._radix, operation.target_tier, 0
+        for node, low, high in self._ours(operation):
+            lane = node.lanes[tier]
+            if node.detached:
+                continue
+            committed += high - low
+            assert lane.slots is not None
+            radix.ledgers[tier].ready(lane.slots[low:high], NODE_FILLING)
+            lane.filling -= high - low
+            radix.announce(node, tier, low, high)
+        radix.version += 1
+        return committed == operation.count
+
+    def fail(self, operation: Operation) -> None:
+        """The copy brought nothing: its slots leave the nodes, and so does whatever was being filled
+        behind them on a prefix-closed tier (it is all FILLING, see above)."""
+        radix, tier = self._radix, operation.target_tier
+        self._counters.failed_operations += 1
+        ours = self._ours(operation)
+        if not ours:
+            return
+        closed = radix.host_prefix_closed or tier != HOST
+        if closed:
+            top, first, _ = ours[0]
+            for node in reversed(list(subtree(top))):
+                self._take_out(node, tier, 0, node.pages)
+            self._take_out(top, tier, first, top.pages)
+            return
+        for node, low, high in reversed(ours):
+            self._take_out(node, tier, low, high)
+
+    def _take_out(self, node: Node, tier: Tier, low: int, high: int) -> None:
+        slots = self._radix.detach(node, tier, low, high)
+        if len(slots):
+            self._radix.drop(tier, slots)

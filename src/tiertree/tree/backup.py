@@ -1,0 +1,149 @@
+"""Backup (device → host) under the write-through policies, and persist (host → storage).
+
+    insert, touch ──▶ offer(path) ──▶ Copy ──▶ READY on host ──▶ persist ──▶ Put
+
+The pages of a path that have no host copy are backed up from the first one on, so that host stays
+prefix-closed (I4). What finds no room is dropped and counted, and offered again at its next touch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..types import FULL, Slots, WritePolicy
+from .actions import Completion, Copy, Move, Put, Span
+from .counters import Counters
+from .evict import Evictor
+from .ledger import Owner
+from .node import Node, fragments
+from .operation import Operation, Operations, Purpose
+from .radix import DEVICE, EMPTY, HOST, Radix
+
+
+class Backup:
+    """Starts backups and persists. `hits_min`: how often a page must have been hit before."""
+
+    __slots__ = (
+        "_counters",
+        "_evictor",
+        "_operations",
+        "_radix",
+        "_storing",
+        "enabled",
+        "hits_min",
+        "storage",
+    )
+
+    def __init__(
+        self,
+        radix: Radix,
+        operations: Operations,
+        evictor: Evictor,
+        counters: Counters,
+        policy: WritePolicy,
+        selective_hits: int,
+    ) -> None:
+        self._radix = radix
+        self._operations = operations
+        self._evictor = evictor
+        self._counters = counters
+        self.enabled = policy is not WritePolicy.WRITE_BACK and radix.has_host
+        self.hits_min = selective_hits if policy is WritePolicy.WRITE_THROUGH_SELECTIVE else 0
+        self.storage = False
+        self._storing: dict[int, tuple[bytes, ...]] = {}
+
+    def offer(self, end: Node, now: float, hits_min: int | None = None) -> bool:
+        """Back up what the policy wants of the path that ends in `end`. O(1) where all of it is on
+        host already. Returns whether a backup was started."""
+        wanted = self.hits_min if hits_min is None else hits_min
+        node = end
+        while node.hits < wanted and node.parent is not None:
+            node = node.parent
+        bare: list[Node] = []
+        while node.pages and node.lanes[HOST].count < node.pages:
+            bare.append(node)
+            assert node.parent is not None
+            node = node.parent
+        if not bare:
+            return False
+        first = bare[-1].start + bare[-1].lanes[HOST].count
+        stop = first
+        for node in reversed(bare):
+            ready = node.lanes[DEVICE].ready_prefix(self._radix.ledgers[DEVICE])
+            stop = max(first, node.start + ready)
+            if ready < node.pages:
+                break
+        return stop > first and self._start(node, first, stop, now)
+
+    def _start(self, end: Node, first: int, stop: int, now: float) -> bool:
+        radix, operations, wanted = self._radix, self._operations, stop - first
+        if operations.full:
+            self._counters.backups_dropped += wanted
+            return False
+        holds = [radix.hold(end, DEVICE), radix.hold(end, HOST)]
+        room = min(self._evictor.room_on_host(wanted), wanted)
+        self._counters.backups_dropped += wanted - room
+        if not room:
+            for hold in holds:
+                radix.unhold(hold)
+            return False
+        operation = operations.open(Purpose.BACKUP, now)
+        operation.end, operation.first, operation.count = end, first, room
+        operation.holds = holds
+        operation.source_tier, operation.target_tier = DEVICE, HOST
+        target = radix.ledgers[HOST].take(room, Owner.NODE)
+        assert target is not None
+        operation.target = target
+        operation.source = slots_of(end, DEVICE, first, room)
+        for node, low, high in fragments(end, first, room):
+            at = node.start + low - first
+            radix.attach(node, HOST, low, target[at : at + high - low], filling=True)
+        operations.send(
+            operation, Copy(operation.number, DEVICE, HOST, (Move(FULL, operation.source, target),))
+        )
+        return True
+
+    def backed_up(self, operation: Operation, now: float) -> None:
+        """The pages of a backup or demotion are READY on host: offer them to storage, once."""
+        self._counters.backed_up += operation.count
+        end = operation.end
+        if not self.storage or end is None or end.detached:
+            return
+        self._counters.offered += operation.count
+        if self._operations.full:
+            self._counters.persists_refused += operation.count
+            return
+        end = next(fragments(end, operation.first, operation.count))[0]
+        put = self._operations.open(Purpose.PERSIST, now)
+        put.end, put.first, put.count = end, operation.first, operation.count
+        put.source_tier, put.source = HOST, operation.target
+        put.holds = [self._radix.hold(end, HOST, 0 if self._radix.host_prefix_closed else operation.first)]
+        hashes = self._radix.hashes.of_range(end, operation.first, operation.count)
+        self._storing[put.number] = hashes
+        self._operations.send(put, Put(put.number, (Span(FULL, hashes, put.source),)))
+
+    def persisted(self, operation: Operation, completion: Completion) -> None:
+        """Storage has answered a Put."""
+        hashes = self._storing.pop(operation.number)
+        self._counters.persisted += len(completion.stored)
+        self._counters.persists_refused += operation.count - completion.pages
+        announcer, end = self._radix.announcer, operation.end
+        if announcer is None or end is None:
+            return
+        stored = set(completion.stored)
+        fresh = np.array([each in stored for each in hashes])
+        for node, low, high in reversed(list(fragments(end, operation.first, operation.count))):
+            at = node.start + low - operation.first
+            if not node.detached:
+                announcer.persisted(node, np.flatnonzero(fresh[at : at + high - low]) + low)
+        announcer.evicted_from_storage(completion.evicted)
+
+
+def slots_of(end: Node, tier: int, first: int, count: int) -> Slots:
+    """The slots on `tier` of pages `first .. first+count` on the path that ends in `end`; all are there."""
+    parts = []
+    for node, low, high in fragments(end, first, count):
+        slots = node.lanes[tier].slots
+        assert slots is not None
+        parts.append(slots[low:high])
+    return np.concatenate(parts[::-1]) if parts else EMPTY

@@ -1,0 +1,34 @@
+"""What has happened so far, counted in pages unless the name says otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Counters:
+    """Running totals of one tree since it was made."""
+
+    evicted: list[int] = field(default_factory=lambda: [0, 0])
+    """Pages that left device, host."""
+    dropped: int = 0
+    """Pages lost from memory because host had no room for them (write_back)."""
+    backed_up: int = 0
+    """Pages whose copy on host became READY, by backup or demotion."""
+    backups_dropped: int = 0
+    """Pages not backed up for want of host room or of a free operation; offered again when touched."""
+    loaded_back: int = 0
+    offered: int = 0
+    """Pages offered to storage."""
+    persisted: int = 0
+    """Pages that storage took and did not have before."""
+    persists_refused: int = 0
+    """Pages that storage did not take, for whatever reason."""
+    prefetched: int = 0
+    """Pages that came from storage and are in the tree."""
+    prefetch_discarded: int = 0
+    """Pages that came from storage and found no place."""
+    failed_operations: int = 0
+    late_operations: int = 0
+    stray_completions: int = 0
+    """Completions that answered no operation in flight."""

@@ -1,0 +1,268 @@
+"""Making room: which pages go, and where to.
+
+    device, host is inclusive (or absent)     device, write_back             host
+    ┌──────────────────────────────┐   ┌────────────────────────────┐   ┌─────────────────────────┐
+    │ tail of the first candidate  │   │ tail pages also on host: go│   │ write_back: duplicates  │
+    │ goes; what is on host stays  │   │ others: copied to host     │   │ then tails of candidates│
+    │ in the tree as host-only     │   │ first (pending), or, if    │   └─────────────────────────┘
+    └──────────────────────────────┘   │ host has no room, dropped  │
+                                       └────────────────────────────┘
+A page that is nowhere any more leaves the tree, and by I3, I4 and I7 nothing is behind it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..types import FULL, Slots, Tier
+from .actions import Copy, Move
+from .counters import Counters
+from .ledger import Owner
+from .node import Lane, Node, subtree
+from .operation import Operation, Operations, Purpose
+from .radix import DEVICE, EMPTY, HOST, LANES, Radix
+
+
+class Evictor:
+    """Evicts from either in-memory tier. `write_back`: device pages go to host before they go."""
+
+    __slots__ = ("_counters", "_operations", "_radix", "_write_back")
+
+    def __init__(self, radix: Radix, operations: Operations, counters: Counters, write_back: bool) -> None:
+        self._radix = radix
+        self._operations = operations
+        self._counters = counters
+        self._write_back = write_back
+
+    def evict(self, tier: Tier, count: int, now: float) -> tuple[int, int]:
+        """Make `count` slots of `tier` free. Returns (slots free now that were not, pages being copied
+        away whose slots follow). O(pages + candidates met · log n)."""
+        if count <= 0:
+            return 0, 0
+        if tier == HOST:
+            return self._evict_host(count), 0
+        if self._write_back and self._radix.has_host:
+            return self._demote(count, now)
+        return self._evict_device(count), 0
+
+    def room_on_host(self, count: int) -> int:
+        """How many slots host has free, after evicting there towards `count`."""
+        ledger = self._radix.ledgers[HOST]
+        if ledger.free < count:
+            self._evict_host(count - ledger.free)
+        return ledger.free
+
+    def _evict_device(self, count: int) -> int:
+        radix = self._radix
+        gone: list[Slots] = []
+        need = count
+        for node, lane in radix.victims[DEVICE].candidates():
+            resident = lane.count
+            take = min(need, resident)
+            if take == resident and (plucked := radix.pluck(node)) is not None:
+                gone.append(plucked)
+            else:
+                gone.append(radix.detach(node, DEVICE, resident - take, resident))
+                if lane.count:
+                    radix.victims[DEVICE].push(node)
+                radix.shrink(node)
+            need -= take
+            if need <= 0:
+                break
+        return self._gone(DEVICE, gone)
+
+    def _gone(self, tier: Tier, gone: list[Slots]) -> int:
+        if not gone:
+            return 0
+        slots = np.concatenate(gone)
+        self._counters.evicted[tier] += len(slots)
+        return self._radix.drop(tier, slots)
+
+    # -- host -------------------------------------------------------------------------------------
+
+    def _evict_host(self, count: int) -> int:
+        radix = self._radix
+        gone = self._duplicates(count)
+        need = count - sum(map(len, gone))
+        for node, lane in radix.victims[HOST].candidates() if need > 0 else ():
+            gone.append(self._host_tail(node, lane, need))
+            need -= len(gone[-1])
+            if lane.count:
+                radix.victims[HOST].push(node)
+            radix.shrink(node)
+            if need <= 0:
+                break
+        return self._gone(HOST, gone)
+
+    def _host_tail(self, node: Node, lane: Lane, need: int) -> Slots:
+        assert lane.slots is not None
+        resident = np.flatnonzero(lane.slots >= 0)
+        low = int(resident[-min(need, len(resident))])
+        return self._radix.detach(node, HOST, low, node.pages)
+
+    def _duplicates(self, count: int) -> list[Slots]:
+        """Host copies of pages that are READY on device too (I7b); oldest duplicates first."""
+        radix = self._radix
+        gone: list[Slots] = []
+        need = count
+        while need > 0 and radix.duplicates:
+            node = next(iter(radix.duplicates))
+            del radix.duplicates[node]
+            device, host = node.lanes
+            if host.locks or host.slots is None:
+                continue
+            both = host.slots[: device.ready_prefix(radix.ledgers[DEVICE])] >= 0
+            pages = np.flatnonzero(both)
+            gone += [radix.detach(node, HOST, page, page + 1) for page in pages[-need:][::-1].tolist()]
+            need -= min(len(pages), need)
+            if len(pages) and host.count:
+                radix.offer(node, HOST)
+        return gone
+
+    # -- device under write_back --------------------------------------------------------------------
+
+    def _demote(self, count: int, now: float) -> tuple[int, int]:
+        radix, freed, pending = self._radix, 0, self._leaving()
+        if pending >= count:
+            return 0, pending
+        skipped: list[Node] = []
+        for node, lane in radix.victims[DEVICE].candidates():
+            if self._operations.full:
+                skipped.append(node)
+                break
+            need = count - freed - pending
+            high = lane.count
+            backed = self._backed_up_tail(node, high)
+            if backed:
+                slots = radix.detach(node, DEVICE, high - min(backed, need), high)
+                freed += self._gone(DEVICE, [slots])
+            else:
+                low = max(high - need, self._bare_from(node, high))
+                copied = self._copy_out(node, low, high, now)
+                pending += copied
+                if not copied and pending:
+                    radix.victims[DEVICE].discard(node)
+                    skipped.append(node)
+                    break
+                if not copied:
+                    dropped = self._drop_tail(node, high - 1)
+                    freed += dropped
+                    if not dropped:
+                        radix.victims[DEVICE].discard(node)
+                        skipped.append(node)
+                        continue
+            if node.parent is not None:
+                radix.offer(node, DEVICE)
+            if freed + pending >= count:
+                break
+        for node in skipped:
+            radix.offer(node, DEVICE)
+        return freed, pending
+
+    def _leaving(self) -> int:
+        """Pages on their way from device to host whose device slots follow. O(in flight)."""
+        flying = self._operations.in_flight.values()
+        return sum(each.count for each in flying if each.purpose is Purpose.DEMOTE and not each.late)
+
+    def _backed_up_tail(self, node: Node, high: int) -> int:
+        """How many pages before page `high` are READY on host, counted backwards."""
+        host = node.lanes[HOST]
+        if host.slots is None:
+            return 0
+        bare = np.flatnonzero(~host.ready_mask(self._radix.ledgers[HOST])[:high])
+        return high - (int(bare[-1]) + 1 if len(bare) else 0)
+
+    def _bare_from(self, node: Node, high: int) -> int:
+        """Where the run of pages without a host slot that ends at page `high` begins."""
+        host = node.lanes[HOST]
+        if host.slots is None:
+            return 0
+        there = np.flatnonzero(host.slots[:high] >= 0)
+        return int(there[-1]) + 1 if len(there) else 0
+
+    def _copy_out(self, node: Node, low: int, high: int, now: float) -> int:
+        """Start copying pages `low .. high` to host, as many of the last ones as find room there."""
+        radix, operations = self._radix, self._operations
+        device = node.lanes[DEVICE]
+        assert device.slots is not None
+        hold = radix.hold(node, DEVICE)
+        room = min(self._room_after(node, high, high - low), high - low)
+        if not room:
+            radix.unhold(hold)
+            return 0
+        low = high - room
+        operation = operations.open(Purpose.DEMOTE, now)
+        operation.end, operation.first, operation.count = node, node.start + low, room
+        operation.source_tier, operation.target_tier = DEVICE, HOST
+        operation.source = device.slots[low:high].copy()
+        target = radix.ledgers[HOST].take(room, Owner.NODE)
+        assert target is not None
+        operation.target = target
+        radix.attach(node, HOST, low, target, filling=True)
+        operation.holds += [hold, radix.hold(node, HOST, node.start)]
+        operations.send(
+            operation, Copy(operation.number, DEVICE, HOST, (Move(FULL, operation.source, operation.target),))
+        )
+        return room
+
+    def _room_after(self, node: Node, high: int, count: int) -> int:
+        """Host slots for `count` pages before page `high` of a victim: duplicates first, then host pages
+        after the victim, tail first, then by policy."""
+        radix = self._radix
+        ledger = radix.ledgers[HOST]
+        if ledger.free < count:
+            self._gone(HOST, self._duplicates(count - ledger.free))
+        if ledger.free < count:
+            for after in (*reversed(list(subtree(node))), node):
+                self._host_pages_behind(after, high if after is node else 0, count - ledger.free)
+                if ledger.free >= count:
+                    break
+        return self.room_on_host(count)
+
+    def _host_pages_behind(self, node: Node, low: int, count: int) -> None:
+        """Evict from host up to `count` pages of `node`, from its tail, page `low` at the earliest."""
+        lane = node.lanes[HOST]
+        if lane.slots is None or lane.below or lane.locks:
+            return
+        pages = np.flatnonzero(lane.slots[low:] >= 0)[-count:]
+        if not len(pages):
+            return
+        self._gone(HOST, [self._radix.detach(node, HOST, low + int(pages[0]), node.pages)])
+        self._radix.shrink(node)
+        self._radix.offer(node, HOST)
+
+    def _drop_tail(self, node: Node, page: int) -> int:
+        """Drop page `page` of `node`, the last on device, and everything after it. Returns the device
+        slots that are free now; 0 if somebody holds one of those pages."""
+        radix = self._radix
+        after = list(subtree(node))
+        if any(lane.locks for each in (node, *after) for lane in each.lanes):
+            return 0
+        freed = 0
+        for each in (*reversed(after), node):
+            low = page if each is node else 0
+            for tier in LANES:
+                slots = radix.detach(each, tier, low, each.pages)
+                self._counters.dropped += len(slots)
+                free = self._gone(tier, [slots])
+                freed += free if tier == DEVICE else 0
+            radix.shrink(each)
+        return freed
+
+    def finish_demotion(self, operation: Operation) -> None:
+        """The bytes are on host: the device slots go, unless somebody wants them again (I10)."""
+        radix = self._radix
+        assert operation.end is not None
+        gone: list[Slots] = []
+        node: Node | None = operation.end
+        while node is not None and node.end > operation.first:
+            parent, lane = node.parent, node.lanes[DEVICE]
+            if not lane.locks and not lane.below and not node.detached:
+                low = max(operation.first - node.start, 0)
+                ours = (
+                    lane.slots is not None and np.isin(lane.slots[low : lane.count], operation.source).all()
+                )
+                if ours and lane.count > low:
+                    gone.append(radix.detach(node, DEVICE, low, lane.count))
+            node = parent
+        self._gone(DEVICE, gone or [EMPTY])

@@ -1,0 +1,188 @@
+"""A node of the radix tree, and its lanes: which page of it is where.
+
+    parent ──edge: pages 4..9──▶ node          start = 4, end = 10, pages = 6
+                                   │
+           lanes[DEVICE].slots  [ 7 3 9 -1 -1 -1]   count 3   prefix-closed (I3)
+           lanes[HOST].slots    [ 0 1 2  5  6  4]   count 6
+
+`end` never changes while pages are only cut off in front: a split leaves the existing object its
+suffix and its children, and makes a new object for the prefix. Whoever remembers (end node, first
+page, page count) finds the fragments by walking to the parent, so a split needs nobody's help.
+
+        before                 after splitting at 2
+    p ──abcdef──▶ n        p ──ab──▶ upper ──cdef──▶ n
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from ..types import Slots, Tier
+from .ledger import Ledger, State
+
+NOWHERE = -1
+"""In a lane's `slots`: this page has no slot here."""
+
+
+class Lane:
+    """The slots of one kind on one in-memory tier for the pages of one node.
+
+    | field | meaning |
+    |---|---|
+    | slots | one slot per page, NOWHERE where there is none; None when there is none at all |
+    | count | pages that have a slot; `filling` of them are not READY yet |
+    | locks | holds (leases, operations) on this node for this lane |
+    | below | child subtrees that have a page in this lane |
+    | ticket | number of this node's live entry in the lane's victim heap, 0 when not in it |
+    """
+
+    __slots__ = ("below", "count", "filling", "locks", "slots", "ticket")
+
+    def __init__(self) -> None:
+        self.slots: Slots | None = None
+        self.count = 0
+        self.filling = 0
+        self.locks = 0
+        self.below = 0
+        self.ticket = 0
+
+    @property
+    def occupied(self) -> bool:
+        """Whether this node or anything after it has a page in this lane."""
+        return self.count > 0 or self.below > 0
+
+    def ready_prefix(self, ledger: Ledger) -> int:
+        """How many leading pages are READY here. O(1) unless some page is FILLING or missing."""
+        slots = self.slots
+        if slots is None:
+            return 0
+        if not self.filling and self.count == len(slots):
+            return self.count
+        missing = np.flatnonzero(~self.ready_mask(ledger))
+        return int(missing[0]) if len(missing) else len(slots)
+
+    def ready_mask(self, ledger: Ledger) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        """Per page, whether it is READY here. The lane must have slots."""
+        assert self.slots is not None
+        mask = self.slots >= 0
+        if self.filling:
+            mask[mask] = ledger.states(self.slots[mask]) == State.READY
+        return mask
+
+    def split(self, at: int, ledger: Ledger) -> Lane:
+        """Cut off the first `at` pages into a new lane, which is returned. Copies both parts, so that
+        neither keeps the other's array alive."""
+        upper = Lane()
+        upper.locks = self.locks
+        if self.slots is not None:
+            slots = self.slots
+            upper.slots = slots[:at].copy()
+            self.slots = slots[at:].copy()
+            if self.count == len(slots) and not self.filling:
+                upper.count, self.count = at, len(slots) - at
+            else:
+                upper._recount(ledger)
+                self._recount(ledger)
+        upper.below = 1 if self.occupied else 0
+        return upper
+
+    def _recount(self, ledger: Ledger) -> None:
+        assert self.slots is not None
+        held = self.slots[self.slots >= 0]
+        self.count = len(held)
+        self.filling = int((ledger.states(held) == State.FILLING).sum())
+        if not self.count:
+            self.slots = None
+
+
+ABSENT = Lane()
+"""Stands in for a tier that this tree does not have; never written to."""
+
+
+class Node:
+    """A run of pages on one edge. `lanes[tier]` for FULL; other kinds follow behind them. `label` is the
+    first page, the node's name among its siblings."""
+
+    __slots__ = (
+        "children",
+        "detached",
+        "edge",
+        "end",
+        "hashes",
+        "hits",
+        "label",
+        "lanes",
+        "last_used",
+        "pages",
+        "parent",
+    )
+
+    def __init__(
+        self, edge: bytes, pages: int, end: int, parent: Node | None, lanes: tuple[Lane, ...]
+    ) -> None:
+        self.edge = edge
+        self.pages = pages
+        self.end = end
+        self.parent = parent
+        self.lanes = lanes
+        self.children: dict[bytes, Node] = {}
+        self.hashes = b""
+        self.last_used = 0.0
+        self.hits = 0
+        self.label = b""
+        self.detached = False
+
+    @property
+    def start(self) -> int:
+        """Depth of this node's first page."""
+        return self.end - self.pages
+
+    def __repr__(self) -> str:
+        return (
+            f"Node(pages {self.start}..{self.end}, device {self.lanes[0].count}, host {self.lanes[1].count})"
+        )
+
+
+class Root(Node):
+    """The top of one namespace: no pages, no slots, only children."""
+
+    __slots__ = ("namespace",)
+
+    def __init__(self, namespace: str, lanes: tuple[Lane, ...]) -> None:
+        super().__init__(b"", 0, 0, None, lanes)
+        self.namespace = namespace
+
+
+class Hold:
+    """One lock on the nodes from `end` up to depth `floor`, for one lane. Released exactly once."""
+
+    __slots__ = ("end", "floor", "lane")
+
+    def __init__(self, end: Node, lane: Tier, floor: int) -> None:
+        self.end = end
+        self.lane = lane
+        self.floor = floor
+
+
+def fragments(end: Node, first: int, count: int) -> Iterator[tuple[Node, int, int]]:
+    """The pieces of pages `first .. first+count` on the path that ends in `end`, deepest first, as
+    (node, low, high) with page indices inside the node. O(depth in nodes)."""
+    stop = first + count
+    node: Node | None = end
+    while node is not None and node.end > first:
+        start = node.end - node.pages
+        low, high = max(first - start, 0), min(stop - start, node.pages)
+        if low < high:
+            yield node, low, high
+        node = node.parent
+
+
+def subtree(root: Node) -> Iterator[Node]:
+    """Every node under `root`, parents before children."""
+    stack = list(root.children.values())
+    while stack:
+        node = stack.pop()
+        yield node
+        stack.extend(node.children.values())

@@ -1,0 +1,132 @@
+"""Operations: what the tree has asked for and not yet been told about.
+
+    start   pins every slot it names in the ledgers, holds the nodes it works on, and sends an action
+    late    past its deadline: its target slots are LOST and the tree goes on as if it had failed
+    finish  the executor has answered: the pins and holds go, and LOST slots come home
+
+An operation names pages by (end node, first page, page count). Splits need no bookkeeping: the end
+stays valid because it is held, and `fragments` finds the pieces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from ..types import Slots, Tier
+from .actions import Action, Cancel
+from .key import Key
+from .node import Hold, Node
+from .radix import EMPTY, Radix
+
+
+class Purpose(StrEnum):
+    """Why an operation runs."""
+
+    BACKUP = "backup"
+    DEMOTE = "demote"
+    LOAD_BACK = "load_back"
+    PERSIST = "persist"
+    QUERY = "query"
+    FETCH = "fetch"
+
+
+@dataclass(slots=True, eq=False)
+class Operation:
+    """One operation in flight. `source` and `target` are slots on `source_tier` and `target_tier`."""
+
+    number: int
+    purpose: Purpose
+    started: float
+    deadline: float
+    key: Key | None = None
+    end: Node | None = None
+    first: int = 0
+    count: int = 0
+    source_tier: Tier = Tier.STORAGE
+    target_tier: Tier = Tier.STORAGE
+    source: Slots = field(default_factory=lambda: EMPTY)
+    target: Slots = field(default_factory=lambda: EMPTY)
+    holds: list[Hold] = field(default_factory=list)
+    late: bool = False
+    arrived: bool = False
+    """The executor is done with it, and it waits for the page before its first."""
+
+
+class Operations:
+    """All operations in flight, and the actions waiting to be taken by the executor."""
+
+    __slots__ = ("_next", "_radix", "deadline_seconds", "in_flight", "lost", "outbox", "operations_max")
+
+    def __init__(self, radix: Radix, deadline_seconds: float, operations_max: int) -> None:
+        self._radix = radix
+        self._next = 1
+        self.deadline_seconds = deadline_seconds
+        self.operations_max = operations_max
+        self.in_flight: dict[int, Operation] = {}
+        self.outbox: list[Action] = []
+        self.lost = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether no further operation may start."""
+        return len(self.in_flight) >= self.operations_max
+
+    def open(self, purpose: Purpose, now: float, key: Key | None = None) -> Operation:
+        """A new operation, in flight from now on; the caller fills it in and sends its action."""
+        operation = Operation(self._next, purpose, now, now + self.deadline_seconds, key)
+        self._next += 1
+        self.in_flight[operation.number] = operation
+        return operation
+
+    def send(self, operation: Operation, action: Action) -> None:
+        """Pin what `operation` names and hand `action` to the executor."""
+        ledgers = self._radix.ledgers
+        if len(operation.source):
+            ledgers[operation.source_tier].pin(operation.source)
+        if len(operation.target):
+            ledgers[operation.target_tier].pin(operation.target)
+        self.outbox.append(action)
+
+    def leaving(self, tier: Tier) -> int:
+        """Pages of `tier` that are being copied away and whose slots follow. O(operations in flight)."""
+        demotions = (each for each in self.in_flight.values() if each.purpose is Purpose.DEMOTE)
+        return sum(each.count for each in demotions if each.source_tier == tier and not each.late)
+
+    def finish(self, operation: Operation) -> None:
+        """The executor will not touch the operation's slots again: pins and holds go."""
+        del self.in_flight[operation.number]
+        radix = self._radix
+        for tier, slots in (
+            (operation.source_tier, operation.source),
+            (operation.target_tier, operation.target),
+        ):
+            if len(slots):
+                radix.freed[tier] += radix.ledgers[tier].unpin(slots)
+        for hold in operation.holds:
+            radix.unhold(hold)
+        operation.holds.clear()
+
+    def touch(self, tier: Tier) -> bool:
+        """Whether an operation in flight keeps slots of `tier` from being evicted. O(in flight)."""
+        return any(
+            tier in (each.source_tier, each.target_tier) or any(hold.lane == tier for hold in each.holds)
+            for each in self.in_flight.values()
+        )
+
+    def overdue(self, now: float) -> list[Operation]:
+        """Operations that pass their deadline with this call; each is told to stop. Deadlines come in
+        the order of starting, so this is O(late + 1)."""
+        late: list[Operation] = []
+        for operation in self.in_flight.values():
+            if operation.deadline > now:
+                break
+            if not operation.late and not operation.arrived:
+                operation.late = True
+                self.cancel(operation)
+                late.append(operation)
+        return late
+
+    def cancel(self, operation: Operation) -> None:
+        """Ask the executor to stop; the operation stays in flight until it answers."""
+        self.outbox.append(Cancel(operation.number))

@@ -1,0 +1,238 @@
+"""The command line: what it prints and writes, how it refuses, and that docs/cli.md tells the truth.
+
+`TIERTREE_UPDATE_DOCS=1 pytest tests/test_cli.py` writes the blocks of docs/cli.md anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+import shlex
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tiertree.cli import build_parser, main
+from tiertree.replay.report import Tally
+from tiertree.replay.show import ProgressBar
+
+LINES = [
+    {"timestamp": 0, "input_length": 1024, "output_length": 1, "hash_ids": [0, 1]},
+    {"timestamp": 1, "input_length": 1024, "output_length": 1, "hash_ids": [2, 3]},
+    {"timestamp": 2, "input_length": 1300, "output_length": 1, "hash_ids": [0, 1, 4]},
+]
+KEYS = {
+    "requests": int,
+    "pages": int,
+    "hit_pages": dict,
+    "hit_ratio": float,
+    "unique_pages": int,
+    "written_pages": dict,
+    "evicted_pages": dict,
+    "dropped_pages": int,
+    "verified_pages": int,
+    "mismatched_pages": int,
+    "checksum_failures": int,
+    "seconds": float,
+}
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+@pytest.fixture(autouse=True)
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As wide as the blocks of docs/cli.md, without colours."""
+    monkeypatch.setenv("COLUMNS", "100")
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    """A trace of three requests."""
+    path = tmp_path / "trace.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in LINES))
+    return path
+
+
+def test_replay_prints_a_table_and_writes_json(
+    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    options = "--device-pages 3 --host-pages 4 --disk-pages 40 --bytes real --page-bytes 64"
+    assert main(["replay", str(trace), *options.split(), "--json", str(out)]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert "verified 2 pages, 0 mismatches, 0 checksum failures" in said.out
+    found = json.loads(out.read_text())
+    assert {name: type(found[name]) for name in KEYS} == KEYS
+    assert found["hit_pages"] == {"device": 1, "host": 1, "storage": 0}
+    assert found["hit_ratio"] == 2 / 7
+    assert found["verified_pages"] == 2
+    assert set(found["written_pages"]) == {"host", "storage"}
+    assert set(found["evicted_pages"]) == {"device", "host", "storage"}
+
+
+def test_limit_and_metadata_alone(trace: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    assert main(["replay", str(trace), "--limit", "2", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert (found["requests"], found["pages"], found["unique_pages"]) == (2, 4, 4)
+    assert found["hit_pages"] == {"device": 0, "host": 0, "storage": 0}
+    assert found["verified_pages"] == 0
+
+
+def test_a_small_host_is_warned_of(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", str(trace), "--device-pages", "4", "--host-pages", "2"]) == 0
+    assert capsys.readouterr().err.startswith("tiertree replay: warning: host.size: 2 pages are fewer")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--page-tokens 100", "--page-tokens: 100 does not divide 512"),
+        ("--disk-pages 4", "--disk-pages: pages reach disk through host"),
+        ("--corrupt 1", "--corrupt: there are no bytes to flip"),
+        ("--limit 0", "--limit: 0 is not allowed; allowed: at least 1"),
+        ("--limit 0.5", "argument --limit: invalid int value: '0.5'"),
+        ("--device-pages none", "argument --device-pages: invalid int value"),
+        ("--eviction magic", "argument --eviction: invalid choice: 'magic'"),
+        ("--prefetch never", "argument --prefetch: invalid choice"),
+        ("--bytes some", "argument --bytes: invalid choice"),
+        ("--json /nowhere/at/all.json", "--json: /nowhere/at/all.json is not a file in a directory"),
+        ("--json .", "--json: . is not a file"),
+        ("--block-tokens 16", "trace.jsonl:1: hash_ids: 2 ids, but input_length 1024 is 64 blocks"),
+        ("--hosts 3", "unrecognized arguments: --hosts 3"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(
+    trace: Path, capsys: pytest.CaptureFixture[str], options: str, words: str
+) -> None:
+    try:
+        status: object = main(["replay", str(trace), *options.split()])
+    except SystemExit as left:
+        status = left.code
+    said = capsys.readouterr()
+    assert status == 2
+    assert words in said.err
+    assert said.out == ""
+
+
+def test_bad_traces_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps(LINES[0]) + "\n" + json.dumps({**LINES[1], "hash_ids": "x"}) + "\n")
+    assert main(["replay", str(path)]) == 2
+    assert capsys.readouterr().err == (
+        f'tiertree replay: error: {path}:2: hash_ids: "x" is not a list of block ids\n'
+    )
+    assert main(["replay", str(tmp_path / "none")]) == 2
+    assert "none: cannot be read: No such file" in capsys.readouterr().err
+
+
+def test_wrong_bytes_are_an_exit_status(trace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A payload that depends on when it is made stands for a cache that returns other bytes."""
+    real = ["--device-pages", "8", "--bytes", "real", "--page-bytes", "64"]
+    assert main(["replay", str(trace), *real]) == 0
+    assert main(["replay", str(trace), *real, "--corrupt", "1"]) == 0
+    made: list[int] = []
+
+    def pages(self: object, numbers: object) -> object:
+        made.append(1)
+        return __import__("numpy").full((len(numbers), 64), len(made), "u1")  # type: ignore[arg-type]
+
+    monkeypatch.setattr("tiertree.replay.payload.Payload.pages", pages)
+    assert main(["replay", str(trace), *real]) == 1
+
+
+def test_version_and_no_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert left.value.code == 0
+    assert re.fullmatch(r"tiertree \d+\.\d+\.\d+\n", capsys.readouterr().out)
+    with pytest.raises(SystemExit) as left:
+        main([])
+    assert left.value.code == 2
+
+
+def test_an_interrupt_is_no_traceback(
+    trace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tiertree.replay.driver.Replay.run", interrupted)
+    assert main(["replay", str(trace)]) == 130
+    assert capsys.readouterr().err == "tiertree replay: interrupted\n"
+
+
+def test_the_progress_bar_is_for_terminals() -> None:
+    screen = StringIO()
+    with ProgressBar(Console(file=screen, force_terminal=True), 10) as bar:
+        bar(Tally(requests=5, pages=4, hits=[1, 0, 0]))
+    assert "5/10" in screen.getvalue()
+    assert "hit ratio 0.2500" in screen.getvalue()
+
+
+# -- documents and examples -------------------------------------------------------------------------
+
+
+def outcome(command: str, root: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What `command` prints, run in this process at the root of the repository."""
+    words = shlex.split(command)
+    assert words[0] == "tiertree"
+    here = os.getcwd()
+    os.chdir(root)
+    try:
+        status = main(words[1:])
+    except SystemExit as left:
+        status = int(left.code or 0)
+    finally:
+        os.chdir(here)
+    said = capsys.readouterr()
+    lines = [each.rstrip() for each in (said.out + said.err).splitlines()]
+    if status:
+        lines += ["$ echo $?", str(status)]
+    return "\n".join(lines).strip("\n")
+
+
+def timeless(text: str) -> str:
+    """`text` without what differs from run to run, and however it is wrapped."""
+    text = re.sub(r"in [\d.]+ s \([\d,]+ requests/s\)", "in … s", text)
+    return " ".join(text.split())
+
+
+def test_the_document_shows_what_happens(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every ```console block of docs/cli.md is one command and what it prints."""
+    path = root / "docs" / "cli.md"
+    text = path.read_text()
+    blocks = re.findall(r"^```console\n\$ (.*?)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 5
+    for command, shown in blocks:
+        found = outcome(command, root, capsys)
+        if os.environ.get("TIERTREE_UPDATE_DOCS"):
+            text = text.replace(f"$ {command}\n{shown}```", f"$ {command}\n{found}\n```")
+        else:
+            assert timeless(shown) == timeless(found), command
+    if os.environ.get("TIERTREE_UPDATE_DOCS"):
+        path.write_text(text)
+
+
+def test_every_command_has_its_help_in_the_document(root: Path) -> None:
+    text = (root / "docs" / "cli.md").read_text()
+    commands = next(each.choices for each in build_parser()._actions if each.dest == "command")
+    assert commands
+    for name in commands:
+        assert f"$ tiertree {name} --help\n" in text
+
+
+@pytest.mark.parametrize("name", ["three_tiers", "replay_sizes"])
+def test_examples_run(root: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    runpy.run_path(str(root / "examples" / f"{name}.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    assert said
+    assert "DIFFERENT" not in said
+    assert "False" not in said

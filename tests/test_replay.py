@@ -1,0 +1,486 @@
+"""Trace replay: what it reads, what it counts, what it refuses, and that its comparison can fail."""
+
+from __future__ import annotations
+
+import json
+import random
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tiertree import FULL, ConfigError, StopRule, StorageError, TraceError, WritePolicy
+from tiertree.replay import Replay, ReplayOptions, Report, Request, read_trace
+from tiertree.replay.clock import ReplayClock
+from tiertree.replay.paging import Paging
+from tiertree.replay.payload import Payload, layout_of
+from tiertree.replay.tier3 import disk_bytes
+from tiertree.storage.base import Wrote, storage_key
+from tiertree.storage.disk import DiskStorage
+
+BLOCK = 4
+POLICIES = list(WritePolicy)
+
+
+def requests_of(*prompts: Sequence[int]) -> list[Request]:
+    """Requests of whole blocks."""
+    return [Request(tuple(prompt), BLOCK) for prompt in prompts]
+
+
+def replayed(requests: list[Request], checked: bool = True, **options: Any) -> Report:
+    """Replay `requests`, checking every invariant after each of them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        replay = Replay(ReplayOptions(**{"block_tokens": BLOCK, **options}), requests)
+    with replay:
+
+        def watch(tally: object) -> None:
+            replay.cache.check()
+            stats = replay.cache.stats()
+            assert not stats.leases
+            assert not stats.operations_in_flight
+
+        return replay.run(watch if checked else None)
+
+
+def random_requests(seed: int, count: int = 60, length: int = 7) -> list[Request]:
+    """Random walks down a small tree of ids, so that prefixes are shared at every depth. The same id
+    comes back behind other prefixes, where it is another page."""
+    chance = random.Random(seed)
+    fresh = 1000
+    found = []
+    for _ in range(count):
+        prompt = [chance.randrange(3) for _ in range(chance.randint(1, length))]
+        if chance.random() < 0.3:
+            prompt.append(fresh := fresh + 1)
+        found.append(prompt)
+    return requests_of(*found)
+
+
+# -- hits -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "hits", "evicted", "uncached"),
+    [
+        (None, [0, 2, 3, 1], 0, 0),
+        (6, [0, 2, 3, 1], 0, 0),
+        (4, [0, 2, 3, 1], 2, 0),  # the last request pushes out 3 and 2: it needs two, its 0 is locked
+        (3, [0, 2, 2, 1], 4, 0),  # 3 pushes out 2, 2 pushes out 3, and then 4, 5 push out 2, 1
+        (2, [0, 2, 2, 1], 1, 2),  # heads only: [0, 1] stays, the last request replaces 1 by 4
+        (1, [0, 1, 1, 1], 0, 8),
+    ],
+)
+def test_device_alone(device: int | None, hits: list[int], evicted: int, uncached: int) -> None:
+    requests = requests_of([0, 1, 2], [0, 1, 3], [0, 1, 2], [0, 4, 5])
+    report = replayed(requests, device_pages=device)
+    assert report.tally.pages == 12
+    assert report.unique_pages == 6
+    assert report.tally.hits == [sum(hits), 0, 0]
+    assert report.tally.hit_ratio == sum(hits) / 12
+    if device is None or device > 2:
+        assert report.stats.device.evicted == evicted
+        assert report.tally.uncached == uncached
+
+
+def test_a_request_that_does_not_fit_inserts_its_head() -> None:
+    report = replayed(requests_of([0, 1, 2, 3, 4], [0, 1, 2, 3, 4]), device_pages=3)
+    assert report.tally.hits == [3, 0, 0]
+    assert report.tally.uncached == 2 + 2
+
+
+@pytest.mark.parametrize("page_bytes", [None, 64])
+def test_hits_by_tier(page_bytes: int | None) -> None:
+    """[0 1] is on device, then on host alone, then on disk alone."""
+    requests = requests_of([0, 1], [0, 1], [2, 3], [0, 1], [4, 5], [6, 7], [0, 1])
+    report = replayed(requests, device_pages=2, host_pages=4, disk_pages=40, page_bytes=page_bytes)
+    assert report.tally.hits == [2, 2, 2]
+    assert report.as_dict()["written_pages"] == {"host": 8, "storage": 8}
+    assert report.tally.verified == (6 if page_bytes else 0)
+    assert report.tally.mismatched == 0
+
+
+def test_write_back_writes_on_eviction_only() -> None:
+    requests = requests_of([0, 1], [2, 3], [0, 1], [2, 3])
+    shape = {"device_pages": 2, "host_pages": 4, "write_policy": WritePolicy.WRITE_BACK}
+    report = replayed(requests, **shape)
+    assert report.tally.hits == [0, 4, 0]
+    untouched = replayed(requests[:1] * 3, **shape)
+    assert untouched.stats.backed_up == 0
+
+
+def test_selective_writes_on_the_nth_hit() -> None:
+    requests = requests_of([0], [0], [1], [1], [1], [2])
+    for n, written in ((1, 2), (2, 1), (3, 0)):
+        report = replayed(
+            requests,
+            device_pages=4,
+            host_pages=4,
+            write_policy=WritePolicy.WRITE_THROUGH_SELECTIVE,
+            selective_hits=n,
+        )
+        assert report.stats.backed_up == written
+
+
+def test_load_back_below_the_minimum_is_computed_again() -> None:
+    requests = requests_of([0, 1], [2, 3], [0, 1])
+    shape = {"device_pages": 2, "host_pages": 4}
+    assert replayed(requests, **shape, load_back_min=2 * BLOCK).tally.hits == [0, 2, 0]
+    report = replayed(requests, **shape, load_back_min=2 * BLOCK + 1)
+    assert report.tally.hits == [0, 0, 0]
+    assert report.tally.loads_refused == 1
+
+
+def lru_hits(requests: list[Request], capacity: int) -> int:
+    """Pages that one pool of `capacity` blocks hits under leaf-only LRU, the current path locked."""
+    used: dict[tuple[int, ...], int] = {}
+    children: Counter[tuple[int, ...]] = Counter()
+    hits = 0
+    for now, request in enumerate(requests):
+        path = [request.blocks[:end] for end in range(1, len(request.blocks) + 1)]
+        known = next((at for at, page in enumerate(path) if page not in used), len(path))
+        hits += known
+        used.update(dict.fromkeys(path[:known], now))
+        for page in path[known:]:
+            if len(used) == capacity:
+                leaves = [each for each in used if not children[each] and each not in path]
+                if not leaves:
+                    break
+                victim = min(leaves, key=lambda leaf: used[leaf])
+                del used[victim]
+                children[victim[:-1]] -= 1
+            used[page] = now
+            children[page[:-1]] += 1
+    return hits
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_lru_is_that_of_an_independent_model(seed: int) -> None:
+    requests = random_requests(seed)
+    unique = len({r.blocks[:end] for r in requests for end in range(1, len(r.blocks) + 1)})
+    for capacity in (1, 2, 5, 9, 17, 40, unique):
+        report = replayed(requests, device_pages=capacity)
+        assert report.tally.hits[0] == lru_hits(requests, capacity), f"seed {seed}, capacity {capacity}"
+    assert replayed(requests).tally.hits[0] == lru_hits(requests, 10**6)
+    assert replayed(requests).unique_pages == unique
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("seed", range(3))
+def test_every_hit_through_every_tier_is_verified(policy: WritePolicy, seed: int) -> None:
+    requests = random_requests(seed, count=40)
+    alone = replayed(requests, device_pages=12).tally.hits[0]
+    for host in (6, 12, 24):
+        shape = {"device_pages": 12, "host_pages": host, "disk_pages": 400, "write_policy": policy}
+        report = replayed(requests, **shape, page_bytes=64, seed=seed)
+        assert report.tally.mismatched == 0
+        assert report.tally.verified == sum(report.tally.hits)
+        assert sum(report.tally.hits) >= alone
+        # Without a disk, whose writes hold host pages for as long as they take, no real time decides.
+        del shape["disk_pages"]
+        report = replayed(requests, **shape, page_bytes=64, seed=seed)
+        assert report.tally.hits == replayed(requests, **shape).tally.hits
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_same_seed_finds_the_same(policy: WritePolicy) -> None:
+    requests = random_requests(5, count=40)
+    shape = {"device_pages": 12, "host_pages": 20, "disk_pages": 40, "write_policy": policy}
+    for more in ({"page_bytes": 64, "corrupt": 3, "seed": 7}, {"page_bytes": 64}, {}):
+        first, second = (replayed(requests, **shape, **more).as_dict() for _ in range(2))
+        del first["seconds"], second["seconds"]
+        assert first == second
+
+
+@pytest.mark.parametrize("rule", list(StopRule))
+@pytest.mark.parametrize("page_bytes", [None, 64])
+def test_stop_rules(rule: StopRule, page_bytes: int | None) -> None:
+    """What storage answers at once, every rule uses; real reads best_effort does not wait for."""
+    requests = requests_of([0, 1], [2, 3], [4, 5], [0, 1])
+    report = replayed(
+        requests, device_pages=2, host_pages=2, disk_pages=40, prefetch=rule, page_bytes=page_bytes
+    )
+    assert report.tally.mismatched == 0
+    if page_bytes is None or rule is not StopRule.BEST_EFFORT:
+        assert report.tally.hits == [0, 0, 2]
+    else:
+        assert report.tally.hits[:2] == [0, 0]
+
+
+# -- damage -----------------------------------------------------------------------------------------
+
+
+def test_flipped_bytes_are_found() -> None:
+    """Memory is unchecked, so its damage shows as mismatches; disk is checked."""
+    chance = random.Random(1)
+    requests = requests_of(*([at, 100 + at, 200 + at] for at in chance.choices(range(8), k=120)))
+    shape = {"device_pages": 6, "host_pages": 12, "disk_pages": 100, "page_bytes": 64}
+    clean = replayed(requests, **shape)
+    assert (clean.tally.mismatched, clean.as_dict()["checksum_failures"]) == (0, 0)
+    report = replayed(requests, **shape, corrupt=4, seed=3).as_dict()
+    assert report["corrupted_pages"] == {"device": 4, "host": 4, "storage": 4}
+    assert report["mismatched_pages"] > 0
+    assert report["checksum_failures"] > 0
+    assert report["verified_pages"] == sum(report["hit_pages"].values())
+
+
+def test_damage_on_disk_alone_never_reaches_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tiertree.replay.corrupt.Corruptor._flip_in_pool", lambda *_: None)
+    requests = requests_of(*([at % 8, 100 + at % 8] for at in range(80)))
+    shape = {"device_pages": 2, "host_pages": 2, "disk_pages": 100, "page_bytes": 64}
+    report = replayed(requests, **shape, corrupt=10).as_dict()
+    assert report["checksum_failures"] == 10
+    assert report["mismatched_pages"] == 0
+
+
+@pytest.mark.parametrize("tier", ["device", "host"])
+def test_one_byte_in_one_pool_is_a_mismatch(tier: str) -> None:
+    requests = requests_of([0, 1], [2, 3], [0, 1])
+    with Replay(
+        ReplayOptions(device_pages=4, host_pages=4, block_tokens=BLOCK, page_bytes=64), requests
+    ) as replay:
+
+        def watch(tally: Any) -> None:
+            if tally.requests == 2:
+                if tier == "host":
+                    replay.cache.evict(4)
+                pools = replay.cache.device_pools if tier == "device" else replay.cache.host_pools
+                assert pools is not None
+                pools[FULL].main.logical[:, 0, 0, 0, 0, 0] ^= 1
+
+        report = replay.run(watch)
+    assert report.tally.verified == 2
+    assert report.tally.mismatched == 2
+
+
+# -- pages and payloads -----------------------------------------------------------------------------
+
+
+def test_pages_smaller_than_blocks() -> None:
+    """Blocks of 4 tokens in pages of 2: 7 tokens are 2 + 2 pages (the last half full), 5 are 2 + 1."""
+    requests = [Request((0, 1), 3), Request((0, 2), 1), Request((0, 1), 3), Request((1, 0), 4)]
+    paging = Paging(requests, BLOCK, 2)
+    assert paging.counts == [4, 3, 4, 4]
+    assert (paging.pages, paging.longest) == (15, 4)
+    assert paging.unique_pages == 4 + 1 + 4  # behind another prefix 1 and 0 are other pages
+    assert [len(paging.tokens(at)) for at in range(4)] == [8, 6, 8, 8]
+    assert replayed(requests, page_tokens=2).tally.hits == [0 + 2 + 4 + 0, 0, 0]
+    whole = replayed(requests)
+    assert (whole.tally.pages, whole.tally.hits[0], whole.unique_pages) == (8, 0 + 1 + 2 + 0, 5)
+
+
+@pytest.mark.parametrize("page_tokens", [1, 2, 4])
+def test_equal_ids_are_equal_tokens_and_no_others(page_tokens: int) -> None:
+    ids = [0, 1, 2, 511, 512, 2**31, 2**32, 2**32 + 1, 2**70]
+    requests = requests_of(*([0, each, each] for each in ids))
+    paging = Paging(requests, BLOCK, page_tokens)
+    spelled: dict[bytes, int] = {}
+    for at, each in enumerate(ids):
+        tokens = paging.tokens(at)
+        assert len(tokens) == 3 * BLOCK
+        blocks = [tokens[low : low + BLOCK].tobytes() for low in range(0, 3 * BLOCK, BLOCK)]
+        assert blocks[1] == blocks[2]
+        assert spelled.setdefault(blocks[1], each) == each
+        assert len({tokens[low : low + page_tokens].tobytes() for low in range(0, BLOCK, page_tokens)}) == (
+            BLOCK // page_tokens
+        )
+    assert len(spelled) == len(ids)
+
+
+def test_page_numbers_tell_prefixes_apart() -> None:
+    paging = Paging(random_requests(1), BLOCK, 2)
+    known: dict[bytes, int] = {}
+    for at, count in enumerate(paging.counts):
+        tokens, numbers = paging.tokens(at), paging.numbers(at)
+        assert len(numbers) == count
+        for page, number in enumerate(numbers.tolist()):
+            assert known.setdefault(tokens[: 2 * (page + 1)].tobytes(), number) == number
+    assert len(set(known.values())) == len(known) == paging.unique_pages
+
+
+@pytest.mark.parametrize("page_bytes", [8, 9, 63, 64, 1000, 4096, 4097])
+def test_payloads(page_bytes: int) -> None:
+    assert layout_of(page_bytes, 512).page_bytes == page_bytes
+    payload, numbers = Payload(page_bytes, 1), np.arange(50)
+    pages = payload.pages(numbers)
+    assert pages.shape == (50, page_bytes)
+    assert len({page.tobytes() for page in pages}) == 50
+    assert payload.mismatches(numbers, pages) == 0
+    assert payload.mismatches(numbers[::-1].copy(), pages) == 50
+    for at in (0, page_bytes // 2, page_bytes - 1):
+        damaged = pages.copy()
+        damaged[7, at] ^= 1
+        assert payload.mismatches(numbers, damaged) == 1
+    assert Payload(page_bytes, 2).mismatches(numbers, pages) == 50
+
+
+@pytest.mark.parametrize(("pages", "page_bytes"), [(40, 512), (100, 4096), (33, 4096), (1, 8000)])
+def test_the_disk_tier_holds_as_many_pages_as_it_should(tmp_path: Path, pages: int, page_bytes: int) -> None:
+    capacity, segment = disk_bytes(pages, page_bytes)
+    disk = DiskStorage(tmp_path / "disk", capacity, segment)
+    keys = [storage_key(bytes([at]) * 32, b"") for at in range(pages + 1)]
+    for key in keys[:pages]:
+        result = disk.put([key], [memoryview(bytes(page_bytes))])
+        assert (result.outcomes, result.evicted) == ((Wrote.STORED,), ())
+    assert disk.stats().pages == pages
+    assert disk.put(keys[pages:], [memoryview(bytes(page_bytes))]).evicted
+    disk.close()
+
+
+def test_the_clock_counts_requests_and_real_waiting() -> None:
+    real = [100.0]
+    clock = ReplayClock(lambda: real[0])
+    assert clock() == 0.0
+    clock.next_request()
+    real[0] += 0.25
+    assert clock() == 1.25
+    clock.next_request()
+    assert clock() == 2.0
+    real[0] += 3.5
+    assert clock() == 5.5
+    clock.next_request()
+    assert clock() == 6.0
+
+
+# -- files and options ------------------------------------------------------------------------------
+
+GOOD = {"timestamp": 0, "input_length": 7, "output_length": 1, "hash_ids": [3, 4]}
+
+
+def line(**changes: object) -> str:
+    """A good line with these fields changed; None takes one away."""
+    return json.dumps({name: value for name, value in {**GOOD, **changes}.items() if value is not None})
+
+
+def test_reading(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text(
+        f"{line()}\n\n{line(timestamp=1.5, input_length=8)}\r\n{line(hash_ids=[], input_length=0)}"
+    )
+    read = read_trace(path, 4)
+    assert read == [Request((3, 4), 3), Request((3, 4), 4), Request((), 0)]
+    assert read_trace(path, 4, limit=2) == read[:2]
+    assert replayed(read).tally.pages == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ('{"a": "\xff"}', "is not JSON"),
+        ("[1]", "[1] is not a JSON object"),
+        (line(hash_ids=None), "hash_ids: is missing"),
+        (line(input_length=None), "input_length: is missing"),
+        (line(timestamp=None), "timestamp: is missing"),
+        (line(output_length=None), "output_length: is missing"),
+        (line(timestamp="now"), 'timestamp: "now" is not a number of at least 0'),
+        (line(timestamp=-1), "timestamp: -1 is not a number"),
+        (line(timestamp=float("nan")), "timestamp: NaN is not a number"),
+        (line(output_length=1.5), "output_length: 1.5 is not an integer"),
+        (line(input_length=True), "input_length: true is not an integer"),
+        (line(input_length=10**30), "input_length: 1000000"),
+        (line(hash_ids=7), "hash_ids: 7 is not a list"),
+        (line(hash_ids=[1, "x"]), 'hash_ids[1]: "x" is not an integer'),
+        (line(hash_ids=[1, -2]), "hash_ids[1]: -2 is not an integer of at least 0"),
+        (line(hash_ids=[1, True]), "hash_ids[1]: true is not an integer"),
+        (line(hash_ids=[1, 2, 3]), "hash_ids: 3 ids, but input_length 7 is 2 blocks of 4 tokens"),
+        (line(hash_ids=[1]), "hash_ids: 1 ids, but input_length 7 is 2 blocks"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_bytes(f"{line()}\n{text}\n".encode("latin-1"))
+    with pytest.raises(TraceError) as caught:
+        read_trace(path, 4)
+    assert f"{path}:2: {message}" in str(caught.value)
+    assert len(read_trace(path, 4, limit=1)) == 1
+
+
+def test_bad_files_are_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(TraceError, match=str(path)):
+            read_trace(path, 4)
+    (tmp_path / "empty").write_text("\n\n")
+    with pytest.raises(TraceError, match="holds no request"):
+        read_trace(tmp_path / "empty", 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"device_pages": 0}, "--device-pages"),
+        ({"host_pages": -1}, "--host-pages"),
+        ({"device_pages": 10**12}, "--device-pages"),
+        ({"disk_pages": 5}, "--disk-pages"),
+        ({"page_tokens": 3}, "--page-tokens"),
+        ({"page_tokens": 0}, "--page-tokens"),
+        ({"block_tokens": 0}, "--block-tokens"),
+        ({"selective_hits": 0}, "--selective-hits"),
+        ({"load_back_min": -1}, "--load-back-min"),
+        ({"page_bytes": 7}, "--page-bytes"),
+        ({"corrupt": 1}, "--corrupt"),
+        ({"corrupt": -1, "page_bytes": 64}, "--corrupt"),
+        ({"disk_dir": "x", "host_pages": 4, "disk_pages": 4}, "--disk-dir"),
+        ({"disk_dir": "x", "page_bytes": 64}, "--disk-dir"),
+        ({"seed": -1}, "--seed"),
+    ],
+)
+def test_impossible_options_are_named(options: dict[str, Any], name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ReplayOptions(**{"block_tokens": BLOCK, **options})
+    assert str(caught.value).startswith(name)
+
+
+def test_memory_that_cannot_be_had_is_an_error_of_the_options() -> None:
+    options = ReplayOptions(device_pages=10**7, block_tokens=BLOCK, page_bytes=10**9)
+    with pytest.raises(ConfigError, match="cannot be had"), Replay(options, requests_of([1])):
+        pass
+
+
+def test_a_temporary_directory_is_removed_and_a_named_one_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    requests = requests_of([0, 1], [2, 3])
+    shape = {"device_pages": 4, "host_pages": 4, "disk_pages": 40, "page_bytes": 64}
+    replayed(requests, **shape)
+    assert list(tmp_path.iterdir()) == []
+    kept = tmp_path / "kept"
+    replayed(requests, **shape, disk_dir=str(kept))
+    assert (kept / "FORMAT").exists()
+    with pytest.raises(StorageError, match="holds 4 pages already"):
+        replayed(requests, **shape, disk_dir=str(kept))
+
+
+# -- the trace of a production service --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trace(trace_path: Path) -> list[Request]:
+    """All of the Mooncake conversation trace."""
+    return read_trace(trace_path, 512)
+
+
+@pytest.mark.parametrize(
+    ("device", "ratio"), [(10_000, 0.2116), (1_828, 0.0525), (45_698, 0.3535), (None, 0.3664)]
+)
+def test_the_conversation_trace(trace: list[Request], device: int | None, ratio: float) -> None:
+    report = replayed(trace, checked=False, block_tokens=512, device_pages=device)
+    assert (report.tally.requests, report.tally.pages, report.unique_pages) == (12_031, 288_500, 182_790)
+    assert report.tally.hit_ratio == pytest.approx(ratio, abs=0.0005)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_conversation_trace_through_three_tiers(trace: list[Request], policy: WritePolicy) -> None:
+    """Its beginning, through tiers so small that all three are hit."""
+    shape = {"device_pages": 1000, "host_pages": 4000, "disk_pages": 12000, "write_policy": policy}
+    report = replayed(trace[:1000], checked=False, block_tokens=512, page_bytes=256, **shape)
+    assert report.tally.mismatched == 0
+    assert report.tally.verified == sum(report.tally.hits)
+    if policy is not WritePolicy.WRITE_THROUGH_SELECTIVE:
+        assert min(report.tally.hits) > 0
