@@ -181,11 +181,11 @@ def test_the_progress_bar_is_for_terminals() -> None:
 
 
 def outcome(command: str, root: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """What `command` prints, run in this process at the root of the repository."""
+    """What `command` prints, run in this process in examples/."""
     words = shlex.split(command)
     assert words[0] == "tiertree"
     here = os.getcwd()
-    os.chdir(root)
+    os.chdir(root / "examples")
     try:
         status = main(words[1:])
     except SystemExit as left:

@@ -151,6 +151,25 @@ def test_quarantine_outlives_reopening_and_a_new_put_ends_it(tmp_path: Path) -> 
         storage.close()
 
 
+def test_a_tombstone_that_waited_does_not_hide_a_newer_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader leaves its tombstone to a writer at work; the page may be stored anew before it is written."""
+    storage = DiskStorage(tmp_path / "d", CAPACITY)
+    write(storage, 1, 2)
+    flip_byte(storage, page_key(1), 100)
+    with monkeypatch.context() as busy:
+        busy.setattr(DiskStorage, "_bury", lambda self: None)
+        assert read(storage, 1)[0] is Got.CORRUPT
+        assert write(storage, 1) == (Wrote.STORED,)
+    assert read(storage, 2)[0] is Got.HIT
+    assert not storage._quarantined
+    abandon(storage)
+    storage = DiskStorage(tmp_path / "d", CAPACITY)
+    assert read(storage, 1) == (Got.HIT, bytes(page_content(1)))
+    storage.close()
+
+
 def test_clear_is_durable_and_frees_everything(tmp_path: Path) -> None:
     path = tmp_path / "d"
     storage = DiskStorage(path, CAPACITY)

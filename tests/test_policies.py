@@ -289,18 +289,19 @@ def test_a_full_list_of_operations_drops_nothing() -> None:
     assert (rig.where([1])[1], rig.where([2])[1]) == (1, 1)
 
 
-def test_a_victim_with_a_leased_page_after_it_is_skipped_and_evict_returns_short() -> None:
-    rig = Rig(device=4, host=1, write_policy=BACK)
+def test_a_victim_with_a_pinned_page_after_it_is_skipped_and_evict_returns_short() -> None:
+    rig = Rig(device=4, host=1, storage=10, write_policy=BACK)
     rig.put([1, 2])
     rig.cache.evict(1, deadline_s=0)
-    rig.settle()  # page 1 is on host, which is full
-    lease = rig.lease([1, 2])
-    rig.verify(lease, [1, 2])
+    rig.done()  # page 1 is on host, which is full, and is being persisted
+    assert rig.running(Put)
+    done = rig.cache.evict(1, deadline_s=0)  # page 0 could only be dropped together with page 1
+    assert (done.freed, rig.cache.stats().dropped) == (0, 0)
+    assert rig.where([1, 2]) == (1, 2)
     rig.put([7])
-    done = rig.cache.evict(2, deadline_s=0)  # 1 is leased; 7 finds no room on host and is dropped
-    assert (done.freed, rig.cache.stats().dropped) == (1, 1)
-    rig.verify(lease, [1, 2])
-    lease.release()
+    assert rig.cache.evict(2, deadline_s=0).freed == 1  # 7 has nothing behind it and is dropped
+    rig.look_at([1, 2])
+    rig.settle()
     rig.empty_out()
 
 

@@ -46,7 +46,8 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as JSON-ready data. Two runs with the same settings and requests differ in `seconds`
-        alone, unless `settings` let real time decide (stop rules other than wait_complete)."""
+        alone, but with real bytes where time decides: under stop rules other than wait_complete, and
+        under write_back when host is short of room while it writes to disk."""
         tally, stats, disk = self.tally, self.stats, self.stats.storage
         return {
             "requests": tally.requests,

@@ -54,21 +54,28 @@ class Evictor:
 
     def _evict_device(self, count: int) -> int:
         radix = self._radix
+        alone = not radix.has_host and radix.announcer is None
         gone: list[Slots] = []
-        need = count
+        need, removed, whole = count, 0, 0
         for node, lane in radix.victims[DEVICE].candidates():
             resident = lane.count
-            take = min(need, resident)
-            if take == resident and (plucked := radix.pluck(node)) is not None:
-                gone.append(plucked)
+            if alone and resident <= need and resident == node.pages:
+                assert lane.slots is not None
+                gone.append(lane.slots)
+                radix.unlink(node, lane)
+                removed += 1
+                whole += resident
+                need -= resident
             else:
+                take = min(need, resident)
                 gone.append(radix.detach(node, DEVICE, resident - take, resident))
                 if lane.count:
                     radix.victims[DEVICE].push(node)
                 radix.shrink(node)
-            need -= take
+                need -= take
             if need <= 0:
                 break
+        radix.unlinked(removed, whole)
         return self._gone(DEVICE, gone)
 
     def _gone(self, tier: Tier, gone: list[Slots]) -> int:

@@ -163,7 +163,7 @@ class Ledger:
             if (owners == Owner.REQUEST).any():
                 self._untag(slots)
         pins = self.pins[slots]
-        if pins.any():
+        if np.count_nonzero(pins):
             self._verb(slots[pins > 0], "disown")
             slots = slots[pins == 0]
         self._release(slots)

@@ -254,37 +254,27 @@ class Radix:
         if self.announcer is not None and not node.detached:
             self.announcer.stored(node, tier, np.arange(low, high))
 
-    def pluck(self, node: Node) -> Slots | None:
-        """Remove a leaf that is whole on device and not on host, all at once: what `detach` and `shrink`
-        would do step by step. Returns its device slots; None, with nothing done, for any other node."""
-        device, host = node.lanes
-        slots, parent = device.slots, node.parent
-        if (
-            device.count != node.pages
-            or host.slots is not None
-            or node.children
-            or self.announcer is not None
-        ):
-            return None
+    def unlink(self, node: Node, lane: Lane) -> None:
+        """Remove a leaf that is whole on device, where there is neither a host tier nor a journal: what
+        `detach` and `shrink` would do step by step. The caller has its slots and calls `unlinked`."""
+        parent = node.parent
         assert parent is not None
         del parent.children[node.label]
-        if not host.locks:
-            node.parent = None
-        if host.ticket:
-            self.victims[HOST].discard(node)
-        device.slots = None
-        self.resident[DEVICE] -= device.count
-        device.count = 0
-        self.nodes -= 1
-        self.version += 1
-        above = parent.lanes[DEVICE]
+        node.parent = lane.slots = None
+        lane.count = 0
+        above = parent.lanes[0]
         above.below -= 1
         if not above.below:
             if above.count:
                 self.offer(parent, DEVICE)
-            elif isinstance(parent, Root) and not parent.children:
+            elif isinstance(parent, Root):
                 del self.roots[parent.namespace]
-        return slots
+
+    def unlinked(self, nodes: int, pages: int) -> None:
+        """Count what `unlink` has removed."""
+        self.nodes -= nodes
+        self.resident[DEVICE] -= pages
+        self.version += 1
 
     def drop(self, tier: Tier, slots: Slots) -> int:
         """The tree lets go of `slots`; returns how many are free at once."""
