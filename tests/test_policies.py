@@ -169,6 +169,18 @@ def test_selective_backs_up_the_pages_that_were_hit_and_no_others() -> None:
     assert on_host(rig, [1, 2, 3]) == [0, 1]
 
 
+def test_a_page_inserted_behind_one_that_was_hit_waits_for_a_hit_of_its_own() -> None:
+    rig = Rig(device=4, host=4, write_policy=SELECTIVE, selective_hits=1)
+    rig.put([1])
+    with rig.lease([1]) as lease:
+        rig.grow(lease, [1, 2])
+    rig.settle()
+    assert on_host(rig, [1, 2]) == [0]
+    rig.cache.match(rig.cache.key([1, 2]))
+    rig.settle()
+    assert on_host(rig, [1, 2]) == [0, 1]
+
+
 def test_a_peek_is_no_hit() -> None:
     rig = Rig(device=4, host=4, write_policy=SELECTIVE, selective_hits=1)
     rig.put([1])
@@ -243,7 +255,7 @@ def test_a_full_host_gives_up_duplicates_first() -> None:
     assert on_host(rig, [7]) == []
 
 
-def test_without_duplicates_the_pages_after_the_victim_go_then_the_least_recently_used() -> None:
+def test_without_duplicates_the_least_recently_used_host_page_goes() -> None:
     rig = Rig(device=4, host=3, write_policy=BACK)
     rig.put([1, 2, 3])
     rig.cache.evict(2, deadline_s=0)
@@ -254,13 +266,13 @@ def test_without_duplicates_the_pages_after_the_victim_go_then_the_least_recentl
     rig.cache.evict(1, deadline_s=0)
     rig.settle()  # host: 9 as well, full now, and 9 is the least recently used
     assert rig.where([9]) == (0, 1)
-    rig.cache.evict(1, deadline_s=0)  # the victim is page 0; page 2 goes for it, though 9 is older
+    rig.cache.evict(1, deadline_s=0)  # the victim is page 0; 9 goes for it, not the pages behind it
     rig.settle()
-    assert (rig.where([1, 2, 3]), rig.where([9])) == ((0, 2), (0, 1))
+    assert (rig.where([1, 2, 3]), rig.where([9])) == ((0, 3), (0, 0))
     rig.put([4])
     rig.clock.advance(1)
     rig.cache.match(rig.cache.key([1, 2]))
-    rig.cache.evict(1, deadline_s=0)  # nothing is after 4: by policy, 9 goes
+    rig.cache.evict(1, deadline_s=0)  # now the tail that was not matched is the oldest
     rig.settle()
     assert (rig.where([1, 2]), rig.where([9]), rig.where([4])) == ((0, 2), (0, 0), (0, 1))
 

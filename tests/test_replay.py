@@ -277,3 +277,13 @@ def test_the_conversation_trace_through_three_tiers(trace: list[Request], policy
     assert report.tally.verified == sum(report.tally.hits)
     if policy is not WritePolicy.WRITE_THROUGH_SELECTIVE:
         assert min(report.tally.hits) > 0
+
+
+def test_under_write_back_host_is_worth_as_much_as_device(trace: list[Request]) -> None:
+    """4,000 device and 6,000 host pages hit what 10,000 device pages hit alone, or nearly."""
+    shape = {"checked": False, "block_tokens": 512}
+    alone = replayed(trace[:3000], device_pages=10_000, **shape).tally.hits[0]
+    both = replayed(
+        trace[:3000], device_pages=4000, host_pages=6000, write_policy=WritePolicy.WRITE_BACK, **shape
+    )
+    assert sum(both.tally.hits) >= 0.98 * alone

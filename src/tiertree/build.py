@@ -22,7 +22,7 @@ from .tree.core import Core, Rules
 from .tree.journal import Journal
 from .tree.key import KeyMaker
 from .tree.ledger import Ledger
-from .types import FULL
+from .types import FULL, ConfigError
 
 
 def fingerprint(config: CacheConfig, revision: str) -> bytes:
@@ -59,6 +59,10 @@ def make_pools(config: CacheConfig) -> tuple[PoolGroup | None, PoolGroup | None]
     """Device and host pools; None where there are no bytes, or no such tier."""
     if config.layout is None:
         return None, None
+    try:
+        torch.device(config.device.torch_device)
+    except RuntimeError as error:
+        raise ConfigError(f"device.torch_device: {config.device.torch_device!r}: {error}") from None
     layouts = {FULL: config.layout}
     device = PoolGroup.build(
         layouts,

@@ -52,8 +52,9 @@ class PrefixCache:
     `executor` and `clock` (seconds, never going back) are for simulators and tests; without them the
     cache builds the pools and workers that `config` describes and uses the monotonic clock.
 
-    Every method raises CacheClosed before open and after close, WrongThread from another thread and
-    ForkedCache in a child process, and ForeignObject for another cache's objects; it then changes nothing.
+    Every method but `key` and `extend_key` raises CacheClosed before open and after close, WrongThread
+    from another thread and ForkedCache in a child process, and ForeignObject for another cache's objects;
+    it then changes nothing.
     """
 
     def __init__(

@@ -69,12 +69,10 @@ class Driver:
         before, pending = ledger.free, 0
         end = self._clock() + (core.rules.op_deadline_seconds if deadline_s is None else deadline_s)
         while ledger.free < target:
-            short = target - ledger.free - core.operations.leaving(tier)
-            if short > 0:
-                freed, pending = core.evict(tier, short, self._clock())
-                self.submit()
-                if freed:
-                    continue
+            freed, pending = core.evict(tier, target - ledger.free, self._clock())
+            self.submit()
+            if freed:
+                continue
             if not core.operations.touch(tier) or not self._progress(end):
                 break
         return Evicted(max(0, ledger.free - before), 0 if ledger.free >= target else pending)
@@ -83,7 +81,7 @@ class Driver:
         """Poll; where that brings nothing sleep a little. False once `end` has passed."""
         if not self.poll():
             left = end - self._clock()
-            if left <= 0:
+            if not left > 0:
                 return False
             self.executor.wait(min(left, WAIT_SECONDS_MAX))
         return True

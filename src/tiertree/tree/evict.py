@@ -193,7 +193,7 @@ class Evictor:
         device = node.lanes[DEVICE]
         assert device.slots is not None
         hold = radix.hold(node, DEVICE)
-        room = min(self._room_after(node, high, high - low), high - low)
+        room = min(self.room_on_host(high - low), high - low)
         if not room:
             radix.unhold(hold)
             return 0
@@ -211,32 +211,6 @@ class Evictor:
             operation, Copy(operation.number, DEVICE, HOST, (Move(FULL, operation.source, operation.target),))
         )
         return room
-
-    def _room_after(self, node: Node, high: int, count: int) -> int:
-        """Host slots for `count` pages before page `high` of a victim: duplicates first, then host pages
-        after the victim, tail first, then by policy."""
-        radix = self._radix
-        ledger = radix.ledgers[HOST]
-        if ledger.free < count:
-            self._gone(HOST, self._duplicates(count - ledger.free))
-        if ledger.free < count:
-            for after in (*reversed(list(subtree(node))), node):
-                self._host_pages_behind(after, high if after is node else 0, count - ledger.free)
-                if ledger.free >= count:
-                    break
-        return self.room_on_host(count)
-
-    def _host_pages_behind(self, node: Node, low: int, count: int) -> None:
-        """Evict from host up to `count` pages of `node`, from its tail, page `low` at the earliest."""
-        lane = node.lanes[HOST]
-        if lane.slots is None or lane.below or lane.locks:
-            return
-        pages = np.flatnonzero(lane.slots[low:] >= 0)[-count:]
-        if not len(pages):
-            return
-        self._gone(HOST, [self._radix.detach(node, HOST, low + int(pages[0]), node.pages)])
-        self._radix.shrink(node)
-        self._radix.offer(node, HOST)
 
     def _drop_tail(self, node: Node, page: int) -> int:
         """Drop page `page` of `node`, the last on device, and everything after it. Returns the device

@@ -88,11 +88,6 @@ class Operations:
             ledgers[operation.target_tier].pin(operation.target)
         self.outbox.append(action)
 
-    def leaving(self, tier: Tier) -> int:
-        """Pages of `tier` that are being copied away and whose slots follow. O(operations in flight)."""
-        demotions = (each for each in self.in_flight.values() if each.purpose is Purpose.DEMOTE)
-        return sum(each.count for each in demotions if each.source_tier == tier and not each.late)
-
     def finish(self, operation: Operation) -> None:
         """The executor will not touch the operation's slots again: pins and holds go."""
         del self.in_flight[operation.number]
