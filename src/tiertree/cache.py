@@ -310,9 +310,10 @@ class PrefixCache:
     def clear_storage(self) -> None:
         """Forget every page that storage holds. Blocks for as long as the backend's `clear` takes.
         Raises StorageError when none is attached."""
-        self._enter()
+        driver = self._enter()
         if self._storage is None:
             raise StorageError("no storage is attached")
+        driver.poll()
         self._storage.clear()
         self._core.storage_cleared()
 

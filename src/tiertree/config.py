@@ -206,7 +206,7 @@ class CacheConfig:
     op_deadline_seconds: float = 30.0
     """Seconds after which the slots of an unfinished operation count as LOST."""
     max_operations: int = 4096
-    """Operations in flight at most."""
+    """Operations in flight at most: half of them (at least one) for storage, half for copies."""
     transfer_threads: int = 1
     """Worker threads between device and host (CPU engine)."""
     storage_threads: int = 2

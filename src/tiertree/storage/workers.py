@@ -168,6 +168,7 @@ class StorageWorkers:
                 pages = Pages(keys.pools, span.slots[low:high])
                 pages.read()
                 result = storage.put(keys.of(hashes), pages.buffers)
+                _require(len(result.outcomes), len(pages.buffers))
                 evicted += [key[:HASH_BYTES] for key in result.evicted]
                 width = len(keys.pools)
                 for index, each in enumerate(hashes):
@@ -189,6 +190,7 @@ class StorageWorkers:
                     break
                 pages = Pages(keys.pools, span.slots[low:high])
                 got = storage.get(keys.of(span.hashes[low:high]), pages.buffers)
+                _require(len(got), len(pages.buffers))
                 hits = next((at for at, each in enumerate(got) if each is not Got.HIT), len(got))
                 whole = hits // len(keys.pools)
                 pages.write(whole)
@@ -207,6 +209,12 @@ class StorageWorkers:
             keys = self._keys[kind]
             held = min(held, storage.holds(keys.of(job.hashes)) // len(keys.pools))
         return Completion(job.op, held)
+
+
+def _require(answers: int, asked: int) -> None:
+    """A backend that answers for another number of pages than it was asked about has not answered."""
+    if answers != asked:
+        raise StorageError(f"the storage backend answered for {answers} pages of {asked}")
 
 
 class Pages:
@@ -242,25 +250,27 @@ class Pages:
 
 def answer(action: Job, storage: Storage) -> Completion:
     """Carry out `action` without bytes: keys are page hashes, buffers are empty. For metadata only."""
+    try:
+        return _answer(action, storage)
+    except Exception as error:
+        return Completion(action.op, 0, f"{type(error).__name__}: {error}")
+
+
+def _answer(action: Job, storage: Storage) -> Completion:
     if isinstance(action, Query):
         return Completion(action.op, storage.holds(bare_keys(action.hashes)))
     span = action.spans[0]
     keys = bare_keys(span.hashes)
     nothing = [memoryview(b"")] * len(keys)
-    try:
-        if isinstance(action, Put):
-            result = storage.put(keys, nothing)
-            kept = sum(each is not Wrote.REFUSED for each in result.outcomes)
-            new = (
-                key for key, each in zip(span.hashes, result.outcomes, strict=True) if each is Wrote.STORED
-            )
-            gone = tuple(key[:HASH_BYTES] for key in result.evicted)
-            return Completion(action.op, kept, None, True, tuple(new), gone)
-        got = storage.get(keys, nothing)
-    except StorageError as error:
-        return Completion(action.op, 0, str(error))
+    if isinstance(action, Put):
+        result = storage.put(keys, nothing)
+        kept = sum(each is not Wrote.REFUSED for each in result.outcomes)
+        new = (key for key, each in zip(span.hashes, result.outcomes, strict=True) if each is Wrote.STORED)
+        gone = tuple(key[:HASH_BYTES] for key in result.evicted)
+        return Completion(action.op, kept, None, True, tuple(new), gone)
+    got = storage.get(keys, nothing)
     arrived = next((at for at, each in enumerate(got) if each is not Got.HIT), len(got))
-    return Completion(action.op, arrived, None if arrived == len(got) else f"page {arrived} is not there")
+    return Completion(action.op, arrived, None if arrived == len(keys) else f"page {arrived} is not there")
 
 
 def bare_keys(hashes: tuple[bytes, ...]) -> list[bytes]:

@@ -25,6 +25,7 @@ class Backup:
 
     __slots__ = (
         "_counters",
+        "_epoch",
         "_evictor",
         "_operations",
         "_radix",
@@ -50,7 +51,8 @@ class Backup:
         self.enabled = policy is not WritePolicy.WRITE_BACK and radix.has_host
         self.hits_min = selective_hits if policy is WritePolicy.WRITE_THROUGH_SELECTIVE else 0
         self.storage = False
-        self._storing: dict[int, tuple[bytes, ...]] = {}
+        self._epoch = 0
+        self._storing: dict[int, tuple[int, tuple[bytes, ...]]] = {}
 
     def offer(self, end: Node, now: float, hits_min: int | None = None) -> bool:
         """Back up what the policy wants of the path that ends in `end`. O(1) where all of it is on
@@ -110,7 +112,7 @@ class Backup:
         if not self.storage or end is None or end.detached:
             return
         self._counters.offered += operation.count
-        if self._operations.full:
+        if self._operations.storage_full:
             self._counters.persists_refused += operation.count
             return
         end = next(fragments(end, operation.first, operation.count))[0]
@@ -119,16 +121,20 @@ class Backup:
         put.source_tier, put.source = HOST, operation.target
         put.holds = [self._radix.hold(end, HOST, 0 if self._radix.host_prefix_closed else operation.first)]
         hashes = self._radix.hashes.of_range(end, operation.first, operation.count)
-        self._storing[put.number] = hashes
+        self._storing[put.number] = (self._epoch, hashes)
         self._operations.send(put, Put(put.number, (Span(FULL, hashes, put.source),)))
+
+    def storage_changed(self) -> None:
+        """Storage has been attached, detached or cleared: answers to earlier Puts are not about it."""
+        self._epoch += 1
 
     def persisted(self, operation: Operation, completion: Completion) -> None:
         """Storage has answered a Put."""
-        hashes = self._storing.pop(operation.number)
+        epoch, hashes = self._storing.pop(operation.number)
         self._counters.persisted += len(completion.stored)
         self._counters.persists_refused += operation.count - completion.pages
         announcer, end = self._radix.announcer, operation.end
-        if announcer is None or end is None:
+        if announcer is None or end is None or epoch != self._epoch:
             return
         stored = set(completion.stored)
         fresh = np.array([each in stored for each in hashes])

@@ -253,9 +253,11 @@ class Core:
     def attach_storage(self, attached: bool) -> None:
         """Whether there is a storage to persist to and prefetch from."""
         self.backup.storage = self.fetches.storage = attached
+        self.backup.storage_changed()
 
     def storage_cleared(self) -> None:
         """Storage is empty, or is not ours any more: say so."""
+        self.backup.storage_changed()
         if self.radix.announcer is not None:
             self.radix.announcer.storage_cleared()
 

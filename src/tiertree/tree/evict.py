@@ -113,8 +113,7 @@ class Evictor:
         gone: list[Slots] = []
         need = count
         while need > 0 and radix.duplicates:
-            node = next(iter(radix.duplicates))
-            del radix.duplicates[node]
+            node, _ = radix.duplicates.popitem(last=False)
             device, host = node.lanes
             if host.locks or host.slots is None:
                 continue

@@ -132,7 +132,7 @@ class Fetches:
             return Refused(
                 f"{self.pages_in_flight} pages are being prefetched; the limit is {self.pages_in_flight_max}"
             )
-        if self._operations.full:
+        if self._operations.storage_full:
             return Refused("too many operations in flight")
         hashes = self._hashes(key, end, first)
         prefetch = Prefetch(key, first, hashes, now)
@@ -157,7 +157,7 @@ class Fetches:
                 self._operations.finish(operation)
             return
         if operation.purpose is Purpose.FETCH:
-            prefetch.arrived = min(completion.pages, len(operation.target))
+            prefetch.arrived = max(0, min(completion.pages, len(operation.target)))
         if not completion.final:
             return
         del self._running[operation.number]
@@ -172,7 +172,7 @@ class Fetches:
     def _read(self, prefetch: Prefetch, hit: int, now: float) -> None:
         """The hit length is known: take host memory for it and read."""
         least = max(self.pages_min, 1)
-        room = self._room(prefetch, hit) if hit >= least and not self._operations.full else 0
+        room = self._room(prefetch, hit) if hit >= least and not self._operations.storage_full else 0
         if room < least or prefetch.unwanted:
             prefetch.stage = Stage.SETTLED
             return
@@ -204,13 +204,14 @@ class Fetches:
             self._radix.ledgers[HOST].lose(operation.target)
 
     def stop(self, prefetch: Prefetch, now: float) -> None:
-        """Do not wait any longer: land what has arrived and cancel the rest."""
+        """Do not wait any longer: land what has arrived and cancel the rest. What must wait for the page
+        before it lands later, for whoever comes next."""
         operation = prefetch.operation
-        if operation is None or self._running.pop(operation.number, None) is None:
-            return
-        self._operations.cancel(operation)
-        self._carve(prefetch, operation)
-        self._land(prefetch, now)
+        if operation is not None and self._running.pop(operation.number, None) is not None:
+            self._operations.cancel(operation)
+            self._carve(prefetch, operation)
+            self._land(prefetch, now)
+        prefetch.stage = Stage.SETTLED
 
     def forget(self, prefetch: Prefetch, now: float) -> None:
         """Nobody wants it any more (an aborted request, a clear): whatever arrives is freed."""
@@ -249,7 +250,8 @@ class Fetches:
             if partial is not None:
                 path.append(self._radix.split(partial, inside))
             if self._radix.host_prefix_closed and self._must_wait(prefetch, path, stop, now):
-                prefetch.stage = Stage.LANDING
+                if prefetch.stage is not Stage.SETTLED:
+                    prefetch.stage = Stage.LANDING
                 self._parked.append(prefetch)
                 return
             attached = self._attach(prefetch, key, path, now)

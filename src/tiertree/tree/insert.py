@@ -23,6 +23,9 @@ EDGE_BYTES_MAX = 1 << 16
 bounded copy each time and makes few nodes."""
 
 
+INT64 = np.dtype(np.int64)
+
+
 class Inserted:
     """What an insert did: `pages` of the key are in the tree; of the caller's pages `existing` were
     there before, and the slots that came for them have been freed."""
@@ -48,7 +51,7 @@ class Insert:
     def check(self, slots: Slots, pages: int | None, tag: int) -> None:
         """Raise InvalidSlots unless `slots` are `pages` (None: any number of) distinct slots that request
         `tag` has allocated and not given away. Changes nothing. O(pages)."""
-        if not isinstance(slots, np.ndarray) or slots.dtype != np.int64 or slots.ndim != 1:
+        if not isinstance(slots, np.ndarray) or slots.dtype != INT64 or slots.ndim != 1:
             raise InvalidSlots("slots must be a one-dimensional int64 array")
         if pages is not None and len(slots) != pages:
             raise InvalidSlots(f"{len(slots)} slots for {pages} pages: one slot per page is needed")

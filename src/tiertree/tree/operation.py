@@ -53,14 +53,30 @@ class Operation:
     """The executor is done with it, and it waits for the page before its first."""
 
 
-class Operations:
-    """All operations in flight, and the actions waiting to be taken by the executor."""
+STORING = frozenset((Purpose.PERSIST, Purpose.QUERY, Purpose.FETCH))
+"""Operations that wait for storage. They have places of their own, so that a storage tier that hangs
+cannot keep copies between the in-memory tiers from starting."""
 
-    __slots__ = ("_next", "_radix", "deadline_seconds", "in_flight", "lost", "outbox", "operations_max")
+
+class Operations:
+    """All operations in flight, and the actions waiting to be taken by the executor. Half of
+    `operations_max` (at least one) may wait for storage, the other half may be copies."""
+
+    __slots__ = (
+        "_next",
+        "_radix",
+        "_storing",
+        "deadline_seconds",
+        "in_flight",
+        "lost",
+        "outbox",
+        "operations_max",
+    )
 
     def __init__(self, radix: Radix, deadline_seconds: float, operations_max: int) -> None:
         self._radix = radix
         self._next = 1
+        self._storing = 0
         self.deadline_seconds = deadline_seconds
         self.operations_max = operations_max
         self.in_flight: dict[int, Operation] = {}
@@ -69,13 +85,19 @@ class Operations:
 
     @property
     def full(self) -> bool:
-        """Whether no further operation may start."""
-        return len(self.in_flight) >= self.operations_max
+        """Whether no further copy may start."""
+        return len(self.in_flight) - self._storing >= self.operations_max - self.operations_max // 2
+
+    @property
+    def storage_full(self) -> bool:
+        """Whether no further operation of storage may start."""
+        return self._storing >= max(1, self.operations_max // 2)
 
     def open(self, purpose: Purpose, now: float, key: Key | None = None) -> Operation:
         """A new operation, in flight from now on; the caller fills it in and sends its action."""
         operation = Operation(self._next, purpose, now, now + self.deadline_seconds, key)
         self._next += 1
+        self._storing += purpose in STORING
         self.in_flight[operation.number] = operation
         return operation
 
@@ -91,6 +113,7 @@ class Operations:
     def finish(self, operation: Operation) -> None:
         """The executor will not touch the operation's slots again: pins and holds go."""
         del self.in_flight[operation.number]
+        self._storing -= operation.purpose in STORING
         radix = self._radix
         for tier, slots in (
             (operation.source_tier, operation.source),
@@ -103,9 +126,13 @@ class Operations:
         operation.holds.clear()
 
     def touch(self, tier: Tier) -> bool:
-        """Whether an operation in flight keeps slots of `tier` from being evicted. O(in flight)."""
+        """Whether an operation in flight, and not late, keeps slots of `tier` from being evicted.
+        O(in flight)."""
         return any(
-            tier in (each.source_tier, each.target_tier) or any(hold.lane == tier for hold in each.holds)
+            not each.late
+            and (
+                tier in (each.source_tier, each.target_tier) or any(hold.lane == tier for hold in each.holds)
+            )
             for each in self.in_flight.values()
         )
 

@@ -13,6 +13,8 @@ FULL is the spine: its lanes, one per in-memory tier, decide which pages exist a
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import numpy as np
 
 from ..types import Slots, Tier
@@ -51,7 +53,7 @@ class Radix:
         self.resident = [0, 0]
         self.protected = [0, 0]
         self.victims = (Victims(DEVICE, policy), Victims(HOST, policy))
-        self.duplicates: dict[Node, None] = {}
+        self.duplicates: OrderedDict[Node, None] = OrderedDict()
         self.detached: set[Node] = set()
         self.freed = [0, 0]
 
