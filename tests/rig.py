@@ -30,7 +30,7 @@ from tiertree import (
 )
 from tiertree.storage.memory import KeyStorage
 from tiertree.testing.faults import Clock, ManualExecutor
-from tiertree.tree.backup import slots_of
+from tiertree.tree.node import slots_of
 
 Tokens = Sequence[int]
 

@@ -40,7 +40,7 @@ from tiertree import (
 from tiertree.pools.paged import Pool
 from tiertree.storage.disk import DiskStorage
 from tiertree.storage.tamper import flip_byte
-from tiertree.tree.backup import slots_of
+from tiertree.tree.node import slots_of
 
 PAGE = 2
 PROMPT = list(range(50, 50 + 5 * PAGE))

@@ -28,6 +28,7 @@ BROAD_EXCEPTIONS: dict[str, str] = {
     "transfer/cuda.py:CudaEngine._launch": "a launch that fails is a failed transfer; its engine lives on",
     "transfer/cuda.py:CudaEngine._watch": "a caller's notify that raises is logged; the watcher lives on",
     "storage/workers.py:StorageWorkers._run": "a backend that raises fails its operation, not its worker",
+    "driver.py:within.run": "what the call raised is raised again by the caller",
     "storage/workers.py:answer": "a backend that raises fails its operation, not the caller",
 }
 """Functions ("transfer/cpu.py:CpuEngine._work") that may catch everything and go on → why."""

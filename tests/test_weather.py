@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import pytest
@@ -17,12 +18,15 @@ from tiertree import (
     PrefetchConfig,
     PrefixCache,
     StopRule,
+    StorageError,
     Tier,
     WritePolicy,
 )
 from tiertree.storage.base import Buffer, Got, PutResult
 from tiertree.storage.memory import KeyStorage
 from tiertree.tree.actions import Copy, Get, Put, Query
+from tiertree.tree.arrivals import Arrivals
+from tiertree.tree.operation import Operation
 
 
 @pytest.mark.parametrize("policy", [WritePolicy.WRITE_BACK, WritePolicy.WRITE_THROUGH])
@@ -119,6 +123,75 @@ def test_a_metadata_cache_survives_a_storage_that_misbehaves(storage: KeyStorage
         assert cache.settle(prefetch) == 0  # type: ignore[arg-type]
         assert cache.stats().operations_in_flight == 0
         cache.check()
+
+
+class Stuck(KeyStorage):
+    """Neither clears nor closes until it is let go."""
+
+    def __init__(self, capacity_pages: int) -> None:
+        super().__init__(capacity_pages)
+        self.let_go = threading.Event()
+
+    def clear(self) -> None:
+        self.let_go.wait(60.0)
+
+    def close(self) -> None:
+        self.let_go.wait(60.0)
+
+
+def test_a_dead_disk_holds_up_neither_clear_nor_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    stuck = Stuck(10)
+    monkeypatch.setattr("tiertree.cache.open_storage", lambda config: stuck)
+    cache = PrefixCache(CacheConfig(device=DeviceConfig(size=4), host=HostConfig(size=4))).open()
+    with pytest.raises(StorageError, match="not cleared within"):
+        cache.clear_storage(deadline_s=0.05)
+    cache.close(deadline_s=0.05)
+    assert not stuck.let_go.is_set()
+    stuck.let_go.set()
+
+
+def test_a_long_chain_leaves_the_device_in_one_copy() -> None:
+    rig = Rig(device=64, host=64, write_policy=WritePolicy.WRITE_BACK)
+    tokens = list(range(64))
+    rig.put(tokens)
+    for length in range(1, 64):
+        rig.look_at(tokens[:length])
+    rig.look_at(tokens)
+    assert rig.cache.stats().nodes == 64
+    rig.cache.evict(40, deadline_s=0)
+    assert len(rig.running(Copy)) == 1
+    rig.settle()
+    assert rig.where(tokens) == (24, 64)
+    rig.look_at(tokens)
+    rig.empty_out()
+
+
+def test_copies_that_wait_for_the_one_before_are_looked_at_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(device=200, host=200)
+    rig.put([0])
+    first = rig.running(Copy)
+    lease = rig.lease([0])
+    for length in range(2, 151):
+        rig.cache.match(rig.cache.key(range(length - 1)))  # so that each page becomes a node
+        rig.grow(lease, range(length))
+    for op in rig.running(Copy)[1:]:
+        rig.executor.complete(op)
+    rig.cache.poll()
+    looked: list[Operation] = []
+    original = Arrivals._page_before
+
+    def look(self: Arrivals, operation: Operation) -> tuple[int, int] | None:
+        looked.append(operation)
+        return original(self, operation)
+
+    monkeypatch.setattr(Arrivals, "_page_before", look)
+    rig.done(first[0])
+    assert rig.where(range(150)) == (150, 150)
+    assert rig.cache.stats().backed_up == 150
+    assert len(looked) <= 150
+    lease.release()
+    rig.settle()
+    rig.empty_out()
 
 
 def test_an_answer_from_before_storage_was_cleared_is_not_announced() -> None:

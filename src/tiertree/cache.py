@@ -17,7 +17,7 @@ from typing import Self
 
 from .build import fingerprint, make_core, make_executor, make_pools, open_storage
 from .config import CacheConfig
-from .driver import Driver, Evicted
+from .driver import Driver, Evicted, within
 from .events import Event
 from .executor import Executor
 from .guard import Guard, count
@@ -109,7 +109,7 @@ class PrefixCache:
         self._core.attach_storage(False)
         abandoned.update(driver.executor.close(max(0.1, end - self._clock())))
         if self._owns_storage and self._storage is not None:
-            self._storage.close()
+            within(max(0.1, end - self._clock()), self._storage.close)
         self._driver = self.device_pools = self.host_pools = None
         return tuple(sorted(abandoned))
 
@@ -305,17 +305,19 @@ class PrefixCache:
         if storage is not None:
             self._core.storage_cleared()
             if self._owns_storage:
-                storage.close()
+                within(deadline_s, storage.close)
 
-    def clear_storage(self) -> None:
-        """Forget every page that storage holds. Blocks for as long as the backend's `clear` takes.
-        Raises StorageError when none is attached."""
+    def clear_storage(self, deadline_s: float = 10.0) -> None:
+        """Forget every page that storage holds. Raises StorageError when none is attached, or when the
+        backend has not done it within `deadline_s` seconds (it may still do it later)."""
         driver = self._enter()
         if self._storage is None:
             raise StorageError("no storage is attached")
         driver.poll()
-        self._storage.clear()
+        done = within(deadline_s, self._storage.clear)
         self._core.storage_cleared()
+        if not done:
+            raise StorageError(f"storage was not cleared within {deadline_s} s")
 
     # -- room -------------------------------------------------------------------------------------
 

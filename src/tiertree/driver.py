@@ -7,6 +7,7 @@ drain, make_room   poll until something is so, or a deadline has passed
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 from .executor import Executor
@@ -85,3 +86,22 @@ class Driver:
                 return False
             self.executor.wait(min(left, WAIT_SECONDS_MAX))
         return True
+
+
+def within(seconds: float, action: Callable[[], None]) -> bool:
+    """Run `action`, which may block on a dead disk, on a thread of its own for at most `seconds`; returns
+    whether it has ended. What it raised by then is raised here; a thread that has not ended is left."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            action()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, name="tiertree-storage-call", daemon=True)
+    thread.start()
+    thread.join(max(0.0, seconds))
+    if raised:
+        raise raised[0]
+    return not thread.is_alive()

@@ -144,7 +144,7 @@ class StorageWorkers:
             if isinstance(job, Get):
                 return self._get(job, storage)
             return self._query(job, storage)
-        except Exception as error:
+        except BaseException as error:
             return Completion(job.op, 0, f"{type(error).__name__}: {error}")
 
     def _batches(self, span: Span) -> Iterator[tuple[int, int]]:

@@ -11,7 +11,6 @@ transfer that fails.
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import Enum
 
 import numpy as np
 
@@ -19,17 +18,9 @@ from ..types import Tier
 from .counters import Counters
 from .journal import runs
 from .ledger import NODE_FILLING, NODE_READY
-from .node import Node, fragments, subtree
+from .node import NOWHERE, Node, fragments, subtree
 from .operation import Operation, Operations
 from .radix import HOST, Radix
-
-
-class Before(Enum):
-    """What holds of the page before an operation's first one, on its target tier."""
-
-    READY = "ready"
-    FILLING = "filling"
-    ABSENT = "absent"
 
 
 class Arrivals:
@@ -48,57 +39,54 @@ class Arrivals:
         self._operations = operations
         self._counters = counters
         self._settled = settled
-        self._parked: list[Operation] = []
+        self._parked: dict[tuple[Tier, int], list[Operation]] = {}
 
     def arrive(self, operation: Operation, ok: bool) -> None:
-        """The executor is done with a copy. Settles it, and then what was waiting for it."""
+        """The executor is done with a copy. Settles it, and then what was waiting for it. O(pages)."""
         operation.arrived = True
-        self._parked.append(operation)
-        if not ok:
-            self.fail(operation)
-            self._parked.remove(operation)
-            self._finish(operation, False)
-        self._retry()
+        todo = [(operation, ok)]
+        while todo:
+            operation, ok = todo.pop()
+            before = self._page_before(operation)
+            if ok and before is not None and before[1] != NODE_READY:
+                self._parked.setdefault((operation.target_tier, before[0]), []).append(operation)
+                continue
+            if not ok or before is None:
+                self.fail(operation)
+            ok = ok and before is not None and self._commit(operation)
+            self._operations.finish(operation)
+            self._settled(operation, ok)
+            todo += [(each, True) for each in self._woken(operation)]
 
     def late(self, operation: Operation) -> None:
         """Give up on a copy that is past its deadline: its target slots are LOST until it comes home."""
         self.fail(operation)
         self._radix.ledgers[operation.target_tier].lose(operation.target)
         self._settled(operation, False)
-        self._retry()
+        for each in self._woken(operation):
+            self.arrive(each, True)
 
-    def _retry(self) -> None:
-        again = True
-        while again:
-            again = False
-            for operation in list(self._parked):
-                before = self.before(operation)
-                if before is Before.FILLING:
-                    continue
-                ok = before is Before.READY and self._commit(operation)
-                if before is Before.ABSENT:
-                    self.fail(operation)
-                self._parked.remove(operation)
-                self._finish(operation, ok)
-                again = True
+    def _woken(self, operation: Operation) -> list[Operation]:
+        """What was parked behind one of the pages that `operation` was filling, not parked any more."""
+        if not self._parked:
+            return []
+        tier, woken = operation.target_tier, []
+        for slot in operation.target.tolist():
+            woken += self._parked.pop((tier, slot), [])
+        return woken
 
-    def _finish(self, operation: Operation, ok: bool) -> None:
-        self._operations.finish(operation)
-        self._settled(operation, ok)
-
-    def before(self, operation: Operation) -> Before:
-        """What holds of the page before the operation's first. O(depth in nodes)."""
+    def _page_before(self, operation: Operation) -> tuple[int, int] | None:
+        """Slot and ledger entry, on the target tier, of the page before the operation's first; None if it
+        is not there. READY where nothing needs to be before. O(depth in nodes)."""
         tier = operation.target_tier
         if not operation.first or (tier == HOST and not self._radix.host_prefix_closed):
-            return Before.READY
+            return NOWHERE, NODE_READY
         assert operation.end is not None
         for node, low, _ in fragments(operation.end, operation.first - 1, 1):
-            lane = node.lanes[tier]
-            if node.detached or lane.slots is None or lane.slots[low] < 0:
-                return Before.ABSENT
-            ready = self._radix.ledgers[tier].book[lane.slots[low]] == NODE_READY
-            return Before.READY if ready else Before.FILLING
-        return Before.ABSENT
+            slots = node.lanes[tier].slots
+            if not node.detached and slots is not None and slots[low] >= 0:
+                return int(slots[low]), int(self._radix.ledgers[tier].book[slots[low]])
+        return None
 
     def _ours(self, operation: Operation) -> list[tuple[Node, int, int]]:
         """Fragments whose slots are still this operation's, parents first."""

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..types import FULL, Slots, WritePolicy
+from ..types import FULL, WritePolicy
 from .actions import Completion, Copy, Move, Put, Span
 from .counters import Counters
 from .evict import Evictor
 from .ledger import Owner
-from .node import Node, fragments
+from .node import Node, fragments, slots_of
 from .operation import Operation, Operations, Purpose
-from .radix import DEVICE, EMPTY, HOST, Radix
+from .radix import DEVICE, HOST, Radix
 
 
 class Backup:
@@ -143,13 +143,3 @@ class Backup:
             if not node.detached:
                 announcer.persisted(node, np.flatnonzero(fresh[at : at + high - low]) + low)
         announcer.evicted_from_storage(completion.evicted)
-
-
-def slots_of(end: Node, tier: int, first: int, count: int) -> Slots:
-    """The slots on `tier` of pages `first .. first+count` on the path that ends in `end`; all are there."""
-    parts = []
-    for node, low, high in fragments(end, first, count):
-        slots = node.lanes[tier].slots
-        assert slots is not None
-        parts.append(slots[low:high])
-    return np.concatenate(parts[::-1]) if parts else EMPTY

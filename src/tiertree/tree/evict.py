@@ -18,7 +18,7 @@ from ..types import FULL, Slots, Tier
 from .actions import Copy, Move
 from .counters import Counters
 from .ledger import Owner
-from .node import Lane, Node, subtree
+from .node import Lane, Node, fragments, slots_of, subtree
 from .operation import Operation, Operations, Purpose
 from .radix import DEVICE, EMPTY, HOST, LANES, Radix
 
@@ -144,7 +144,8 @@ class Evictor:
                 freed += self._gone(DEVICE, [slots])
             else:
                 low = max(high - need, self._bare_from(node, high))
-                copied = self._copy_out(node, low, high, now)
+                first = self._up_to(node, node.start + low, node.start + high, need)
+                copied = self._copy_out(node, first, node.start + high, now)
                 pending += copied
                 if not copied and pending:
                     radix.victims[DEVICE].discard(node)
@@ -186,28 +187,44 @@ class Evictor:
         there = np.flatnonzero(host.slots[:high] >= 0)
         return int(there[-1]) + 1 if len(there) else 0
 
-    def _copy_out(self, node: Node, low: int, high: int, now: float) -> int:
-        """Start copying pages `low .. high` to host, as many of the last ones as find room there."""
+    def _up_to(self, node: Node, first: int, stop: int, need: int) -> int:
+        """Where the pages before `stop` that leave together begin: a chain of nodes with one child each,
+        none of which the policy would keep longer than the one behind it, goes in one copy."""
+        score, at = self._radix.policy.score, node
+        while at.start == first and stop - first < need:
+            parent = at.parent
+            assert parent is not None
+            device, host = parent.lanes
+            alone = device.below == 1 and not device.locks and not device.filling and not host.count
+            if not parent.pages or not alone or score(parent) > score(at):
+                break
+            first = max(parent.start, stop - need)
+            at = parent
+        return first
+
+    def _copy_out(self, end: Node, first: int, stop: int, now: float) -> int:
+        """Start copying pages `first .. stop` of the path to `end` to host, as many of the last ones as
+        find room there. Returns how many."""
         radix, operations = self._radix, self._operations
-        device = node.lanes[DEVICE]
-        assert device.slots is not None
-        hold = radix.hold(node, DEVICE)
-        room = min(self.room_on_host(high - low), high - low)
+        hold = radix.hold(end, DEVICE)
+        room = min(self.room_on_host(stop - first), stop - first)
         if not room:
             radix.unhold(hold)
             return 0
-        low = high - room
+        first = stop - room
         operation = operations.open(Purpose.DEMOTE, now)
-        operation.end, operation.first, operation.count = node, node.start + low, room
+        operation.end, operation.first, operation.count = end, first, room
         operation.source_tier, operation.target_tier = DEVICE, HOST
-        operation.source = device.slots[low:high].copy()
+        operation.source = slots_of(end, DEVICE, first, room)
         target = radix.ledgers[HOST].take(room, Owner.NODE)
         assert target is not None
         operation.target = target
-        radix.attach(node, HOST, low, target, filling=True)
-        operation.holds += [hold, radix.hold(node, HOST, node.start)]
+        for node, low, high in fragments(end, first, room):
+            at = node.start + low - first
+            radix.attach(node, HOST, low, target[at : at + high - low], filling=True)
+        operation.holds += [hold, radix.hold(end, HOST, first)]
         operations.send(
-            operation, Copy(operation.number, DEVICE, HOST, (Move(FULL, operation.source, operation.target),))
+            operation, Copy(operation.number, DEVICE, HOST, (Move(FULL, operation.source, target),))
         )
         return room
 

@@ -17,11 +17,10 @@ import numpy as np
 
 from ..types import FULL, Refused
 from .actions import Copy, Move
-from .backup import slots_of
 from .counters import Counters
 from .lease import Lease
 from .ledger import Owner
-from .node import Hold, Node, fragments
+from .node import Hold, Node, fragments, slots_of
 from .operation import Operation, Operations, Purpose
 from .radix import DEVICE, HOST, Radix
 

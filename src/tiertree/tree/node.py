@@ -186,3 +186,13 @@ def subtree(root: Node) -> Iterator[Node]:
         node = stack.pop()
         yield node
         stack.extend(node.children.values())
+
+
+def slots_of(end: Node, tier: int, first: int, count: int) -> Slots:
+    """The slots on `tier` of pages `first .. first+count` on the path that ends in `end`; all are there."""
+    parts = []
+    for node, low, high in fragments(end, first, count):
+        slots = node.lanes[tier].slots
+        assert slots is not None
+        parts.append(slots[low:high])
+    return np.concatenate(parts[::-1])

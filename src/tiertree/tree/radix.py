@@ -52,6 +52,7 @@ class Radix:
         self.version = 0
         self.resident = [0, 0]
         self.protected = [0, 0]
+        self.policy = policy
         self.victims = (Victims(DEVICE, policy), Victims(HOST, policy))
         self.duplicates: OrderedDict[Node, None] = OrderedDict()
         self.detached: set[Node] = set()
