@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -170,6 +169,34 @@ def test_a_tombstone_that_waited_does_not_hide_a_newer_page(
     storage.close()
 
 
+def test_what_a_get_evicted_is_not_said_to_be_evicted_by_the_put_that_stores_it(tmp_path: Path) -> None:
+    """A tombstone takes room, so a get may evict; the next put reports that, but for what it stored."""
+    for cleared in (False, True):
+        storage = DiskStorage(tmp_path / str(cleared), 24 << 10, segment_bytes=4096)
+        write(storage, *range(20), length=500)
+        write(storage, *range(20, 40), length=500)
+        held = {n for n in range(40) if storage.holds([page_key(n)])}
+        vanished: set[int] = set()
+        before = storage.stats().evicted
+        while not vanished:
+            rotten = max(held)
+            flip_byte(storage, page_key(rotten), 7)
+            assert read(storage, rotten, 500)[0] is Got.CORRUPT
+            held.remove(rotten)
+            vanished = {n for n in held if not storage.holds([page_key(n)])}
+        assert storage.stats().evicted - before == len(vanished) > 1, "counted when it happens"
+        back, *others = sorted(vanished)
+        if cleared:
+            storage.clear()
+            others = []
+        result = storage.put([page_key(back)], [page_content(back, 500)])
+        assert result.outcomes == (Wrote.STORED,)
+        assert list(result.evicted) == [page_key(n) for n in others]
+        assert storage.holds([page_key(back)]) == 1
+        assert storage.put([], []).evicted == (), "said once"
+        storage.close()
+
+
 def test_clear_is_durable_and_frees_everything(tmp_path: Path) -> None:
     path = tmp_path / "d"
     storage = DiskStorage(path, CAPACITY)
@@ -259,9 +286,12 @@ class DiskMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.path = Path(tempfile.mkdtemp(prefix="tiertree-test-")) / "d"
+        self.directory = tempfile.TemporaryDirectory(prefix="tiertree-test-")
+        self.path = Path(self.directory.name) / "d"
         self.capacity = 24 << 10
         self.present: set[int] = set()
+        self.unreported: set[int] = set()
+        """Evicted by a get that had to write a tombstone; the next put says so."""
         self.open()
 
     def open(self) -> None:
@@ -272,20 +302,29 @@ class DiskMachine(RuleBasedStateMachine):
     def length(number: int) -> int:
         return 100 + number * 37
 
+    def held(self) -> set[int]:
+        return {n for n in range(31) if self.storage.holds([page_key(n)])}
+
     @rule(numbers=st.lists(numbers, max_size=6))
     def put(self, numbers: list[int]) -> None:
+        evicted_before = self.storage.stats().evicted
+        stored = set()
         pages = [page_content(n, self.length(n)) for n in numbers]
         result = self.storage.put([page_key(n) for n in numbers], pages)
         for number, outcome in zip(numbers, result.outcomes, strict=True):
             if outcome is Wrote.STORED:
                 assert number not in self.present
                 self.present.add(number)
+                stored.add(number)
             assert outcome is Wrote.REFUSED or number in self.present
         keys = {page_key(n): n for n in range(31)}
         evicted = [keys[key] for key in result.evicted]
-        assert set(evicted) <= self.present
+        assert self.unreported - stored <= set(evicted) <= (self.present | self.unreported) - stored
         assert len(set(evicted)) == len(evicted)
-        self.present -= set(evicted)
+        newly = set(evicted) - self.unreported
+        assert self.storage.stats().evicted - evicted_before == len(newly)
+        self.present -= newly
+        self.unreported.clear()
 
     @rule(numbers=st.lists(numbers, max_size=8))
     def get(self, numbers: list[int]) -> None:
@@ -297,10 +336,15 @@ class DiskMachine(RuleBasedStateMachine):
 
     @rule(number=numbers, position=st.integers(0, 99))
     def rot(self, number: int, position: int) -> None:
+        evicted_before = self.storage.stats().evicted
         if flip_byte(self.storage, page_key(number), position):
             assert number in self.present
             assert read(self.storage, number, self.length(number))[0] is Got.CORRUPT
             self.present.remove(number)
+            evicted = self.present - self.held()
+            assert self.storage.stats().evicted - evicted_before == len(evicted)
+            self.present -= evicted
+            self.unreported |= evicted
 
     @rule(crash=st.booleans())
     def reopen(self, crash: bool) -> None:
@@ -309,22 +353,26 @@ class DiskMachine(RuleBasedStateMachine):
         else:
             self.storage.close()
         self.open()
+        self.unreported.clear()
 
     @rule()
     def clear(self) -> None:
         self.storage.clear()
         self.present.clear()
+        self.unreported.clear()
 
     @invariant()
     def books_are_right(self) -> None:
         stats = self.storage.stats()
         assert stats.pages == len(self.present)
         assert stats.bytes == self.files.used() <= self.capacity
-        assert {n for n in range(31) if self.storage.holds([page_key(n)])} == self.present
+        assert self.held() == self.present
 
     def teardown(self) -> None:
-        self.storage.close()
-        shutil.rmtree(self.path.parent)
+        try:
+            self.storage.close()
+        finally:
+            self.directory.cleanup()
 
 
 DiskMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

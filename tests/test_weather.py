@@ -24,7 +24,7 @@ from tiertree import (
 )
 from tiertree.storage.base import Buffer, Got, PutResult
 from tiertree.storage.memory import KeyStorage
-from tiertree.tree.actions import Copy, Get, Put, Query
+from tiertree.tree.actions import Completion, Copy, Get, Put, Query
 from tiertree.tree.arrivals import Arrivals
 from tiertree.tree.operation import Operation
 
@@ -123,6 +123,41 @@ def test_a_metadata_cache_survives_a_storage_that_misbehaves(storage: KeyStorage
         assert cache.settle(prefetch) == 0  # type: ignore[arg-type]
         assert cache.stats().operations_in_flight == 0
         cache.check()
+
+
+def test_answers_out_of_range_change_nothing() -> None:
+    rig = Rig(device=8, host=8, storage=100)
+    rig.put([1, 2, 3, 4])
+    rig.done(rig.running(Copy)[0])
+    (put,) = rig.running(Put)
+    rig.executor.fail(put, pages=99)
+    rig.cache.poll()
+    assert rig.cache.stats().persists_refused == 0
+    rig.cache.clear()
+    rig.put([1, 2, 3, 4])
+    rig.settle()
+    rig.cache.clear()
+    prefetch = rig.fetch([1, 2, 3, 4])
+    rig.done(rig.running(Query)[0])
+    (get,) = rig.running(Get)
+    rig.core.complete(Completion(get, -1, "negative"), rig.clock())
+    assert (rig.cache.settle(prefetch), rig.where([1, 2, 3, 4])) == (0, (0, 0))
+    rig.executor.complete_all()
+    rig.cache.poll()
+    rig.empty_out()
+    assert rig.cache.stats().stray_completions
+
+
+def test_a_long_life_of_small_allocations_leaves_no_trail() -> None:
+    rig = Rig(device=8)
+    lease = rig.lease([])
+    for _ in range(1000):
+        rig.cache.free(rig.cache.allocate(2, lease), lease)
+    assert len(lease.allocated) < 200
+    kept = rig.cache.allocate(3, lease)
+    assert len(kept) == 3
+    lease.release()
+    assert rig.free() == 8
 
 
 class Stuck(KeyStorage):

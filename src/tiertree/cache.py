@@ -90,8 +90,13 @@ class PrefixCache:
         if executor is None:
             self.device_pools, self.host_pools = make_pools(self.config)
         storage = open_storage(self.config)
-        if executor is None:
-            executor = make_executor(self.config, self.device_pools, self.host_pools)
+        try:
+            if executor is None:
+                executor = make_executor(self.config, self.device_pools, self.host_pools)
+        except BaseException:
+            if storage is not None:
+                storage.close()
+            raise
         self._driver = Driver(self._core, executor, self._clock)
         if storage is not None:
             self._attach(storage, owned=True)
@@ -192,7 +197,7 @@ class PrefixCache:
         driver = self._enter()
         if lease is not None:
             self._guard.lease(lease)
-        count("pages", pages)
+        pages = count("pages", pages)
         ledger, pending = self._core.radix.ledgers[DEVICE], 0
         if ledger.free < pages <= ledger.free + self._core.within_reach(DEVICE):
             pending = driver.make_room(DEVICE, pages, deadline_s).pending
@@ -325,7 +330,7 @@ class PrefixCache:
         """Free `pages` slots of `tier` beyond those that are free; counts only what is free already.
         Under write_back it waits for the copies to host, for at most `deadline_s` seconds."""
         driver = self._enter()
-        count("pages", pages)
+        pages = count("pages", pages)
         if tier not in (DEVICE, HOST):
             raise InvalidSlots("only DEVICE and HOST can be evicted from")
         ledger = self._core.radix.ledgers[tier]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
@@ -63,9 +64,10 @@ class Executor(Protocol):
 class Doorbell:
     """A pipe that is readable from `ring` until `quiet`: any number of rings is one."""
 
-    __slots__ = ("_read", "_write")
+    __slots__ = ("_lock", "_read", "_write")
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._read, self._write = os.pipe()
         os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
@@ -76,7 +78,7 @@ class Doorbell:
 
     def ring(self) -> None:
         """Make it readable. From any thread; does nothing once closed."""
-        with contextlib.suppress(BlockingIOError):
+        with self._lock, contextlib.suppress(BlockingIOError):
             if self._write >= 0:
                 os.write(self._write, b"\0")
 
@@ -94,9 +96,10 @@ class Doorbell:
 
     def close(self) -> None:
         """Close both ends."""
-        write, self._write = self._write, -1
-        os.close(write)
-        os.close(self._read)
+        with self._lock:
+            write, self._write = self._write, -1
+            os.close(write)
+            os.close(self._read)
 
 
 class PoolExecutor:

@@ -53,11 +53,12 @@ class Guard:
         self.key(prefetch.key)
 
 
-def count(name: str, value: int) -> None:
-    """`value` is an integer of at least 0. Raises InvalidSlots."""
+def count(name: str, value: int) -> int:
+    """`value` as an int, if it is an integer of at least 0. Raises InvalidSlots."""
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 0:
         raise InvalidSlots(f"{name} must be an integer of at least 0, got {value!r}")
+    return int(value)
 
 
 def _needs(wanted: str, got: object) -> str:
-    return f"a {wanted} of this cache is needed, got {type(got).__name__}"
+    return f"a {wanted} of this cache is needed, got {got!r:.200}"

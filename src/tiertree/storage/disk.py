@@ -75,7 +75,7 @@ class DiskStorage:
         self._writing = threading.Lock()
         self._counting = threading.Lock()
         self._quarantined: deque[tuple[bytes, Segment]] = deque()
-        self._puts = self._hits = self._misses = self._evicted = self._failures = self._refused = 0
+        self._puts = self._hits = self._misses = self._failures = self._refused = 0
         self._index = Index()
         self._room = Room(capacity_bytes)
         self._handles = Handles(self._files)
@@ -106,12 +106,14 @@ class DiskStorage:
             raise StorageError(f"{self.path}: cannot be recovered: {error}") from error
         self._writer.next_number = recovery.last_number + 1
         self._reclaimer.evicted.clear()
+        self._reclaimer.evictions = 0
 
     def put(self, keys: Sequence[bytes], pages: Sequence[Buffer]) -> PutResult:
         """Store pages, in order, each once; acknowledged as the durability says.
 
         Evicts the oldest segments to make room, but never what this call stored: what then finds no room,
-        or meets a full or failing disk, is REFUSED, and so is everything after it.
+        or meets a full or failing disk, is REFUSED, and so is everything after it. `evicted` also names the
+        pages that went since the last put, when a quarantine needed room; never one that this call stored.
         """
         views = checked_call(keys, pages)
         with self._writing:
@@ -122,8 +124,10 @@ class DiskStorage:
                 if not present[i]:
                     fresh.setdefault(key, i)
             self._store([Item(fmt.PAGE, key, views[i]) for key, i in fresh.items()])
-            refused = self._index.missing(fresh)
-            evicted = self._take_evicted()
+            gone = self._index.missing([*fresh, *self._reclaimer.evicted])
+            refused = gone & fresh.keys()
+            evicted = tuple(key for key in self._reclaimer.evicted if key in gone)
+            self._reclaimer.evicted.clear()
             self._puts += len(fresh) - len(refused)
             self._refused += sum(key in refused for key in keys)
         outcomes = []
@@ -202,6 +206,7 @@ class DiskStorage:
             self._require_open()
             self._index.forget_all()
             self._quarantined.clear()
+            self._reclaimer.evicted.clear()
             try:
                 while self._index.segments:
                     if not self._reclaimer.reclaim():
@@ -219,7 +224,7 @@ class DiskStorage:
             puts=self._puts,
             hits=self._hits,
             misses=self._misses,
-            evicted=self._evicted,
+            evicted=self._reclaimer.evictions,
             checksum_failures=self._failures + self._reclaimer.damaged,
             refused=self._refused,
             reinserted=self._reclaimer.reinserted,
@@ -281,12 +286,6 @@ class DiskStorage:
                 dead[key] = Item(fmt.TOMBSTONE, key, memoryview(b""))
         gone = self._index.missing(dead)
         self._store([item for key, item in dead.items() if key in gone])
-
-    def _take_evicted(self) -> tuple[bytes, ...]:
-        evicted = tuple(self._reclaimer.evicted)
-        self._reclaimer.evicted.clear()
-        self._evicted += len(evicted)
-        return evicted
 
     def _require_open(self) -> None:
         if self._closed:

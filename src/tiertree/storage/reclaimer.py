@@ -45,7 +45,8 @@ class Reclaimer:
         self._writer = writer
         self._room = room
         self.evicted: list[bytes] = []
-        """Keys that went since this list was last taken."""
+        """Keys that went and that no put has reported yet: a tombstone needs room as well."""
+        self.evictions = 0
         self.reinserted = 0
         self.damaged = 0
 
@@ -63,7 +64,9 @@ class Reclaimer:
         finally:
             if held:
                 self._handles.release(victim)
-        self.evicted += self._index.forget(victim)
+        gone = self._index.forget(victim)
+        self.evicted += gone
+        self.evictions += len(gone)
         self._handles.drop(victim)
         return True
 

@@ -154,8 +154,8 @@ class StorageWorkers:
             yield low, min(low + step, len(span.hashes))
 
     def _put(self, job: Put, storage: Storage) -> Completion:
-        stored: list[bytes] = []
-        evicted: list[bytes] = []
+        stored: dict[bytes, None] = {}
+        evicted: dict[bytes, None] = {}
         kept = len(job.spans[0].hashes)
         error = None
         for span in job.spans:
@@ -169,15 +169,18 @@ class StorageWorkers:
                 pages.read()
                 result = storage.put(keys.of(hashes), pages.buffers)
                 _require(len(result.outcomes), len(pages.buffers))
-                evicted += [key[:HASH_BYTES] for key in result.evicted]
+                for key in result.evicted:
+                    evicted[key[:HASH_BYTES]] = None
+                    stored.pop(key[:HASH_BYTES], None)
                 width = len(keys.pools)
                 for index, each in enumerate(hashes):
                     outcomes = result.outcomes[index * width : (index + 1) * width]
                     done += Wrote.REFUSED not in outcomes
                     if Wrote.REFUSED not in outcomes and Wrote.STORED in outcomes:
-                        stored.append(each)
+                        stored[each] = None
+                        evicted.pop(each, None)
             kept = min(kept, done)
-        return Completion(job.op, kept, error, True, tuple(stored), tuple(dict.fromkeys(evicted)))
+        return Completion(job.op, kept, error, True, tuple(stored), tuple(evicted))
 
     def _get(self, job: Get, storage: Storage) -> Completion:
         good = len(job.spans[0].hashes)
@@ -207,7 +210,7 @@ class StorageWorkers:
         held = len(job.hashes)
         for kind in job.kinds:
             keys = self._keys[kind]
-            held = min(held, storage.holds(keys.of(job.hashes)) // len(keys.pools))
+            held = min(held, max(0, int(storage.holds(keys.of(job.hashes)))) // len(keys.pools))
         return Completion(job.op, held)
 
 

@@ -132,7 +132,7 @@ class Backup:
         """Storage has answered a Put."""
         epoch, hashes = self._storing.pop(operation.number)
         self._counters.persisted += len(completion.stored)
-        self._counters.persists_refused += operation.count - completion.pages
+        self._counters.persists_refused += operation.count - max(0, min(completion.pages, operation.count))
         announcer, end = self._radix.announcer, operation.end
         if announcer is None or end is None or epoch != self._epoch:
             return

@@ -1,4 +1,4 @@
-"""The invariants I1–I12 of DESIGN, one function each, recomputed from scratch and compared.
+"""The invariants I1–I12 of ARCHITECTURE.md, one function each, recomputed from scratch and compared.
 
 `audit(core)` runs them all, O(everything), and raises InvariantViolated with every sentence that is
 not true. Nothing here is used by the tree itself.

@@ -171,6 +171,8 @@ class Core:
         slots = self.radix.ledgers[DEVICE].take(pages, Owner.REQUEST, tag)
         if slots is not None and lease is not None:
             lease.allocated.append(slots)
+            if len(lease.allocated) > lease.allocated_max:
+                lease.forget_given_away(self.radix.ledgers[DEVICE].tags)
         return slots
 
     def give_back(self, slots: Slots, lease: Lease | None) -> None:

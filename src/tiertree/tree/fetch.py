@@ -72,6 +72,9 @@ class Prefetch:
         self.asked_parent = False
         self.unwanted = False
 
+    def __repr__(self) -> str:
+        return f"Prefetch({self.stage}, {self.landed} of {self.wanted} pages from page {self.first})"
+
 
 class Fetches:
     """Starts prefetches and lands them."""
@@ -84,6 +87,7 @@ class Fetches:
         "_parked",
         "_radix",
         "_running",
+        "_seen",
         "pages_in_flight_max",
         "pages_min",
         "storage",
@@ -109,11 +113,13 @@ class Fetches:
         self.storage = False
         self._running: dict[int, Prefetch] = {}
         self._parked: list[Prefetch] = []
+        self._seen = -1
 
     @property
     def pages_in_flight(self) -> int:
-        """Pages asked for and not yet settled. O(prefetches)."""
-        return sum(each.wanted for each in self._running.values())
+        """Pages asked for, or arrived and waiting for their place. O(prefetches)."""
+        waiting = sum(len(each.parcel) for each in self._parked)
+        return waiting + sum(each.wanted for each in self._running.values())
 
     @property
     def parked(self) -> list[Slots]:
@@ -216,6 +222,7 @@ class Fetches:
     def forget(self, prefetch: Prefetch, now: float) -> None:
         """Nobody wants it any more (an aborted request, a clear): whatever arrives is freed."""
         prefetch.unwanted = True
+        self._seen = -1
         self.stop(prefetch, now)
 
     def forget_all(self, namespace: str | None, now: float) -> None:
@@ -233,7 +240,10 @@ class Fetches:
         operation.target = operation.target[prefetch.arrived :]
 
     def retry(self, now: float) -> None:
-        """Land what was waiting for the page before it."""
+        """Land what was waiting for the page before it, if anything has changed since the last look."""
+        if not self._parked or self._seen == self._radix.version:
+            return
+        self._seen = self._radix.version
         parked, self._parked = self._parked, []
         for prefetch in parked:
             self._land(prefetch, now)

@@ -52,6 +52,7 @@ class Lease:
         "_close",
         "_slots",
         "allocated",
+        "allocated_max",
         "device_boundary",
         "device_hold",
         "epoch",
@@ -73,6 +74,7 @@ class Lease:
         self.host_hold: Hold | None = None
         self.loading: LoadBack | None = None
         self.allocated: list[Slots] = []
+        self.allocated_max = 64
         self.released = False
         self._slots: Slots | None = None
         self._close = close
@@ -97,6 +99,12 @@ class Lease:
             assert slots is not None
             parts.append(slots[low:high])
         return np.concatenate(parts[::-1])
+
+    def forget_given_away(self, tags: Slots) -> None:
+        """Drop what is not this lease's any more from the list of what was allocated for it."""
+        slots = np.concatenate(self.allocated)
+        self.allocated = [np.unique(slots[tags[slots] == self.number])]
+        self.allocated_max = 64 + len(self.allocated[0])
 
     def release(self) -> None:
         """Unlock everything, and give back slots that were allocated for this lease and not inserted.

@@ -52,6 +52,9 @@ class LoadBack:
         """How many pages it brings."""
         return self.boundary - self.first
 
+    def __repr__(self) -> str:
+        return f"LoadBack({self.state}, pages {self.first} to {self.boundary})"
+
 
 class Loads:
     """Plans, starts and settles load-backs."""
