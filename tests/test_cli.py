@@ -10,6 +10,9 @@ import os
 import re
 import runpy
 import shlex
+import subprocess
+import sys
+import time
 from io import StringIO
 from pathlib import Path
 
@@ -89,6 +92,25 @@ def test_limit_and_metadata_alone(trace: Path, tmp_path: Path) -> None:
 def test_a_small_host_is_warned_of(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replay", str(trace), "--device-pages", "4", "--host-pages", "2"]) == 0
     assert capsys.readouterr().err.startswith("tiertree replay: warning: host.size: 2 pages are fewer")
+    assert main(["replay", str(trace), "--host-pages", "2"]) == 0
+    assert capsys.readouterr().err.endswith("(device unbounded: sized for the trace, 5)\n")
+
+
+def test_settings_are_those_that_count(trace: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    for options, bytes_of_pages, page_bytes in (("", "none", None), ("--bytes real", "real", 4096)):
+        assert main(["replay", str(trace), "--json", str(out), *options.split()]) == 0
+        settings = json.loads(out.read_text())["settings"]
+        assert (settings["bytes"], settings["page_bytes"]) == (bytes_of_pages, page_bytes)
+        assert settings["page_tokens"] == settings["block_tokens"] == 512
+        assert settings["device_pages"] is None
+
+
+def test_lines_have_no_trailing_spaces(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", str(trace), "--limit", "1", "--bytes", "real"]) == 0
+    said = capsys.readouterr().out
+    assert all(line == line.rstrip() for line in said.splitlines())
+    assert re.search(r"^1 request, 2 pages, 2 of them different, in \d+ ms$", said, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -96,13 +118,15 @@ def test_a_small_host_is_warned_of(trace: Path, capsys: pytest.CaptureFixture[st
     [
         ("--page-tokens 100", "--page-tokens: 100 does not divide 512"),
         ("--disk-pages 4", "--disk-pages: pages reach disk through host"),
+        ("--page-bytes 64", "--page-bytes: pages have no bytes; allowed: only with --bytes real"),
+        ("--selective-hits 1", "--selective-hits: allowed: only with --write-policy write_through_selective"),
         ("--corrupt 1", "--corrupt: there are no bytes to flip"),
         ("--limit 0", "--limit: 0 is not allowed; allowed: at least 1"),
-        ("--limit 0.5", "argument --limit: invalid int value: '0.5'"),
-        ("--device-pages none", "argument --device-pages: invalid int value"),
-        ("--eviction magic", "argument --eviction: invalid choice: 'magic'"),
-        ("--prefetch never", "argument --prefetch: invalid choice"),
-        ("--bytes some", "argument --bytes: invalid choice"),
+        ("--limit 0.5", "tiertree replay: error: --limit: '0.5' is not a whole number\n"),
+        ("--device-pages none", "tiertree replay: error: --device-pages: 'none' is not a whole number\n"),
+        ("--eviction magic", "--eviction: invalid choice: 'magic'"),
+        ("--prefetch never", "--prefetch: invalid choice"),
+        ("--bytes some", "--bytes: invalid choice"),
         ("--json /nowhere/at/all.json", "--json: /nowhere/at/all.json is not a file in a directory"),
         ("--json .", "--json: . is not a file"),
         ("--block-tokens 16", "trace.jsonl:1: hash_ids: 2 ids, but input_length 1024 is 64 blocks"),
@@ -119,6 +143,7 @@ def test_what_cannot_work_is_refused_by_name(
     said = capsys.readouterr()
     assert status == 2
     assert words in said.err
+    assert said.err.count("\n") == 1
     assert said.out == ""
 
 
@@ -169,6 +194,53 @@ def test_an_interrupt_is_no_traceback(
     assert capsys.readouterr().err == "tiertree replay: interrupted\n"
 
 
+def test_memory_that_cannot_be_had_is_one_line(
+    trace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def greedy(*_: object) -> None:
+        raise MemoryError("Unable to allocate 7.45 GiB")
+
+    monkeypatch.setattr("tiertree.replay.driver.Replay.run", greedy)
+    assert main(["replay", str(trace)]) == 2
+    assert capsys.readouterr().err == (
+        "tiertree replay: error: not enough memory for so many or such large pages: "
+        "Unable to allocate 7.45 GiB\n"
+    )
+
+
+def started(*arguments: str, folder: Path) -> subprocess.Popen[bytes]:
+    """The command line in a process of its own, whose temporary files go to `folder`."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(folder)}
+    environment.pop("PYTHONUNBUFFERED", None)  # argparse overlooks that help cannot be written
+    command = [sys.executable, "-m", "tiertree", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--requests", "30"]])
+def test_output_that_nobody_reads_is_no_traceback(tmp_path: Path, arguments: list[str]) -> None:
+    process = started(*arguments, folder=tmp_path)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(60) == 141
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sigterm_leaves_nothing_behind(tmp_path: Path) -> None:
+    process = started("demo", "--requests", "200000", folder=tmp_path)
+    until = time.monotonic() + 60
+    while not list(tmp_path.glob("tiertree-replay-*/seg-*")):
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (143, b"tiertree demo: terminated\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_progress_bar_is_for_terminals() -> None:
     screen = StringIO()
     with ProgressBar(Console(file=screen, force_terminal=True), 10) as bar:
@@ -201,7 +273,7 @@ def outcome(command: str, root: Path, capsys: pytest.CaptureFixture[str]) -> str
 
 def timeless(text: str) -> str:
     """`text` without what differs from run to run, and however it is wrapped."""
-    text = re.sub(r"in [\d.]+ s \([\d,]+ requests/s\)", "in … s", text)
+    text = re.sub(r"in (\d+ ms|[\d.]+ s \([\d,]+ requests/s\))", "in …", text)
     return " ".join(text.split())
 
 

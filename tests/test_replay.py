@@ -172,10 +172,12 @@ def test_every_hit_through_every_tier_is_verified(policy: WritePolicy, seed: int
         assert report.tally.mismatched == 0
         assert report.tally.verified == sum(report.tally.hits)
         assert sum(report.tally.hits) >= alone
-        # Without a disk, whose writes hold host pages for as long as they take, no real time decides.
-        del shape["disk_pages"]
-        report = replayed(requests, **shape, page_bytes=64, seed=seed)
-        assert report.tally.hits == replayed(requests, **shape).tally.hits
+        # Real time decides nothing where pages are not pinned by what is still under way: with no disk
+        # to write to, and a host that is not full of pages on their way there.
+        if host >= 12 or policy is not WritePolicy.WRITE_BACK:
+            del shape["disk_pages"]
+            report = replayed(requests, **shape, page_bytes=64, seed=seed)
+            assert report.tally.hits == replayed(requests, **shape).tally.hits
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -219,6 +221,14 @@ def test_flipped_bytes_are_found() -> None:
     assert report["mismatched_pages"] > 0
     assert report["checksum_failures"] > 0
     assert report["verified_pages"] == sum(report["hit_pages"].values())
+
+
+def test_no_page_is_damaged_twice() -> None:
+    """Asked for more than there is, `corrupted_pages` counts pages, not flips; and no flip undoes another."""
+    requests = requests_of(*([0, 1] for _ in range(40)))
+    report = replayed(requests, device_pages=4, host_pages=4, page_bytes=8, corrupt=30).as_dict()
+    assert report["corrupted_pages"] == {"device": 2, "host": 0, "storage": 0}
+    assert report["mismatched_pages"] >= 38 + 37
 
 
 def test_damage_on_disk_alone_never_reaches_a_request(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tiertree.replay import Replay, ReplayOptions, Request, read_trace
 from tiertree.replay.clock import ReplayClock
 from tiertree.replay.paging import Paging
 from tiertree.replay.payload import Payload, layout_of
+from tiertree.replay.show import sentences
 from tiertree.replay.tier3 import disk_bytes
 from tiertree.storage.base import Wrote, storage_key
 from tiertree.storage.disk import DiskStorage
@@ -196,6 +198,19 @@ def test_impossible_options_are_named(options: dict[str, Any], name: str) -> Non
     with pytest.raises(ConfigError) as caught:
         ReplayOptions(**{"block_tokens": BLOCK, **options})
     assert str(caught.value).startswith(name)
+
+
+def test_results_in_words() -> None:
+    report = replayed(requests_of([0, 1], [0]), device_pages=1, page_bytes=64)
+    for seconds, words in ((0.0, "in 1 ms"), (0.0274, "in 27 ms"), (0.25, "in 0.2 s (8 requests/s)")):
+        report = dataclasses.replace(report, seconds=seconds)
+        assert sentences(report, True) == [
+            f"2 requests, 3 pages, 2 of them different, {words}",
+            "1 page without room on device",
+            "verified 1 page, 0 mismatches, 0 checksum failures",
+        ]
+    report.tally.mismatched = 1
+    assert sentences(report, True)[-1] == "verified 1 page, 1 mismatch, 0 checksum failures"
 
 
 def test_memory_that_cannot_be_had_is_an_error_of_the_options() -> None:

@@ -160,6 +160,36 @@ def test_a_long_life_of_small_allocations_leaves_no_trail() -> None:
     assert rig.free() == 8
 
 
+@pytest.mark.parametrize("hangs", [False, True], ids=["fails", "hangs"])
+def test_a_host_that_is_broken_does_not_keep_requests_from_the_device(hangs: bool) -> None:
+    rig = Rig(device=8, host=64, write_policy=WritePolicy.WRITE_BACK, op_deadline_seconds=5.0)
+
+    def copies() -> None:
+        for op in rig.running(Copy) if not hangs else []:
+            rig.executor.fail(op)
+
+    rig.executor.on_wait = copies
+    refused = 0
+    for index in range(20):
+        key = rig.cache.key(range(1000 * index, 1000 * index + 4))
+        slots = rig.cache.allocate(4)
+        if isinstance(slots, NoRoom):
+            refused += 1
+        else:
+            rig.cache.insert(key, slots)
+        rig.cache.poll()
+    assert refused <= 2
+    assert rig.clock.now <= 15.0
+    assert rig.cache.stats().dropped
+    rig.executor.on_wait = rig.executor.complete_all
+    rig.settle()
+    rig.clock.advance(100.0)
+    rig.put([1, 2, 3, 4])
+    rig.cache.evict(8)
+    assert rig.where([1, 2, 3, 4]) == (0, 4)
+    rig.empty_out()
+
+
 class Stuck(KeyStorage):
     """Neither clears nor closes until it is let go."""
 

@@ -30,7 +30,7 @@ from .tree.fetch import Prefetch, Stage
 from .tree.insert import Inserted
 from .tree.key import Key, Tokens
 from .tree.lease import Lease, Match
-from .tree.load import LoadBack
+from .tree.load import LoadBack, Progress
 from .tree.radix import DEVICE, HOST
 from .types import (
     CacheClosed,
@@ -247,13 +247,15 @@ class PrefixCache:
         return load
 
     def layers_ready(self, load_back: LoadBack) -> int:
-        """How many leading layers of a load-back under way may be read already; all of them are when its
-        state is DONE."""
+        """How many leading layers of `load_back.slots` may be read already: all when it is DONE, none when
+        it has FAILED. A layer that was ready stays so for as long as the load-back is PENDING or DONE."""
         executor = self._enter().executor
         self._guard.load_back(load_back)
-        running = [op for op in load_back.operations if op in load_back.waiting]
         layers = self.config.layout.layers if self.config.layout is not None else 0
-        return min((executor.layers_done(op) for op in running), default=layers)
+        if load_back.state is not Progress.PENDING:
+            return layers if load_back.state is Progress.DONE else 0
+        arrived = {op for op in load_back.waiting if self._core.has_arrived(op)}
+        return min((executor.layers_done(op) for op in load_back.waiting - arrived), default=layers)
 
     # -- storage ----------------------------------------------------------------------------------
 

@@ -1,55 +1,124 @@
 """The command line: `tiertree replay` and `tiertree demo`. docs/cli.md shows all of it.
 
 Exit status: 0 when all is well, 1 when bytes came back wrong (and nobody asked for that), 2 for files,
-lines and options that cannot be used, each with a message that names it, 130 when interrupted.
+lines and options that cannot be used and for memory that cannot be had, each with one line that names it.
+As a shell has it for the signals: 130 when interrupted, 141 when nobody reads the output any more, 143
+when terminated; temporary files are removed then as well.
+
+What takes long to import is imported by the command that needs it, so that help is quick and an
+interrupt finds `main` at work.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from errno import EACCES, EROFS
 from importlib import metadata
-from typing import Any
-
-from rich.console import Console
+from io import StringIO
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .policy.eviction import POLICIES
-from .replay.demo import demo_options, demo_requests
-from .replay.driver import Replay
-from .replay.options import ReplayOptions
-from .replay.report import Report
-from .replay.show import Lines, LiveHits, ProgressBar, results, sentences
-from .replay.trace import read_trace
 from .types import ConfigError, StopRule, StorageError, TraceError, WritePolicy
 
+if TYPE_CHECKING:
+    from .replay.options import ReplayOptions
+    from .replay.report import Report
+
 DEMO_REQUESTS = 2000
+PAGE_BYTES = 4096
+INTERRUPTED, UNREAD, TERMINATED = (128 + each for each in (signal.SIGINT, signal.SIGPIPE, signal.SIGTERM))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; `argv` is without the program's name (None: the process's own). Returns the exit
     status. What argparse refuses exits with status 2 by itself."""
-    arguments = build_parser().parse_args(argv)
     try:
+        try:
+            with _terminable():
+                return _run(argv)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        _say_no_more()
+        return UNREAD
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    name = "tiertree"
+    try:
+        arguments = build_parser().parse_args(argv)
+        name = f"tiertree {arguments.command}"
         status: int = arguments.run(arguments)
+        return status
     except (ConfigError, TraceError, StorageError) as error:
-        print(f"tiertree {arguments.command}: error: {error}", file=sys.stderr)
-        return 2
+        why, status = f"error: {error}", 2
+    except MemoryError as error:
+        why, status = f"error: not enough memory for so many or such large pages: {error}", 2
     except KeyboardInterrupt:
-        print(f"tiertree {arguments.command}: interrupted", file=sys.stderr)
-        return 130
+        why, status = "interrupted", INTERRUPTED
+    except _Terminated:
+        why, status = "terminated", TERMINATED
+    print(f"{name}: {why}", file=sys.stderr)
     return status
+
+
+class _Terminated(BaseException):
+    """SIGTERM: leave in good order."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises `_Terminated`, once; later ones do not disturb the cleaning up. Elsewhere than in the
+    main thread, where signals do not arrive, it stays what it was."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(*_: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+def _say_no_more() -> None:
+    """Let what is still buffered go nowhere, so that the interpreter does not fail to flush it."""
+    with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses in one line, as everything else here does."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2 and `message`."""
+        self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')}\n")
+
+
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line, one subparser per command."""
-    parser = argparse.ArgumentParser(
-        prog="tiertree", description="A hierarchical prefix KV cache for LLM inference."
-    )
+    parser = _Parser(prog="tiertree", description="A hierarchical prefix KV cache for LLM inference.")
     parser.add_argument("--version", action="version", version=f"tiertree {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_replay(commands)
@@ -92,8 +161,14 @@ def _add_replay(commands: Any) -> None:
         help="none: metadata only; real: move real pages and compare every page that a hit returns "
         "(default: %(default)s)",
     )
-    number("--page-bytes", "N", 4096, "--bytes real: bytes of a page, at least 8")
-    number("--corrupt", "N", 0, "--bytes real: flip one byte in N resident pages of each tier meanwhile")
+    number("--page-bytes", "N", None, f"--bytes real: bytes of a page, at least 8 (default: {PAGE_BYTES})")
+    number(
+        "--corrupt",
+        "N",
+        0,
+        "--bytes real: flip one byte in each of N resident pages of each tier meanwhile, or of as many as "
+        "there are",
+    )
     number("--seed", "N", 0, "of the payloads and of --corrupt")
 
 
@@ -117,9 +192,10 @@ def _add_policies(parser: argparse.ArgumentParser) -> None:
         "--write-policy",
         choices=[str(each) for each in WritePolicy],
         default=str(WritePolicy.WRITE_THROUGH),
-        help="when a page goes to host: on insert, on its n-th hit, on eviction (default: %(default)s)",
+        help="when a page goes to host: on insert, on its n-th hit, on eviction; of no effect without a host "
+        "tier (default: %(default)s)",
     )
-    number("--selective-hits", "N", 1, "write_through_selective: the n of the n-th hit")
+    number("--selective-hits", "N", None, "write_through_selective: the n of the n-th hit (default: 1)")
     policies.add_argument(
         "--eviction",
         choices=sorted(POLICIES),
@@ -130,8 +206,8 @@ def _add_policies(parser: argparse.ArgumentParser) -> None:
         "--prefetch",
         choices=[str(each) for each in StopRule],
         default=str(StopRule.WAIT_COMPLETE),
-        help="when a request stops waiting for pages from disk: at once, when all are there, after a time "
-        "(default: %(default)s)",
+        help="when a request stops waiting for pages from disk: at once, when all are there, after a time; "
+        "of no effect without a disk tier (default: %(default)s)",
     )
     number("--load-back-min", "TOKENS", 0, "compute host pages again rather than load fewer tokens than this")
 
@@ -141,35 +217,30 @@ def _numbers(group: Any) -> Callable[[str, str, int | None, str], None]:
 
     def add(name: str, metavar: str, default: int | None, text: str) -> None:
         shown = "" if default is None else " (default: %(default)s)"
-        group.add_argument(name, type=int, metavar=metavar, default=default, help=text + shown)
+        group.add_argument(name, type=_whole_number, metavar=metavar, default=default, help=text + shown)
 
     return add
 
 
 def _replay(arguments: argparse.Namespace) -> int:
-    if arguments.limit is not None and arguments.limit < 1:
-        raise ConfigError(f"--limit: {arguments.limit} is not allowed; allowed: at least 1")
+    from rich.console import Console
+
+    from .replay.driver import Replay
+    from .replay.show import ProgressBar
+    from .replay.trace import read_trace
+
+    options = _options(arguments)
     _check_writable(arguments.json)
-    options = ReplayOptions(
-        device_pages=arguments.device_pages,
-        host_pages=arguments.host_pages,
-        disk_pages=arguments.disk_pages,
-        write_policy=WritePolicy(arguments.write_policy),
-        selective_hits=arguments.selective_hits,
-        eviction=arguments.eviction,
-        prefetch=StopRule(arguments.prefetch),
-        load_back_min=arguments.load_back_min,
-        block_tokens=arguments.block_tokens,
-        page_tokens=arguments.page_tokens,
-        page_bytes=arguments.page_bytes if arguments.bytes == "real" else None,
-        corrupt=arguments.corrupt,
-        disk_dir=arguments.disk_dir,
-        seed=arguments.seed,
-    )
     requests = read_trace(arguments.trace, options.block_tokens, arguments.limit)
     console = Console(stderr=True)
-    with _said_warnings("replay"):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         replay = Replay(options, requests)
+    for each in caught:
+        note = ""
+        if options.device_pages is None and str(each.message).startswith("host.size:"):
+            note = f" (device unbounded: sized for the trace, {replay.cache.config.device_pages})"
+        print(f"tiertree replay: warning: {each.message}{note}", file=sys.stderr)
     with replay:
         if console.is_terminal:
             with ProgressBar(console, len(requests)) as bar:
@@ -177,10 +248,42 @@ def _replay(arguments: argparse.Namespace) -> int:
         else:
             report = replay.run()
     report.settings.update(trace=arguments.trace, limit=arguments.limit)
-    _say(report, options)
-    if arguments.json is not None:
-        _write_json(arguments.json, report)
+    try:
+        _say(report, options)
+    finally:
+        if arguments.json is not None:
+            _write_json(arguments.json, report)
     return 1 if report.tally.mismatched and not options.corrupt else 0
+
+
+def _options(arguments: argparse.Namespace) -> ReplayOptions:
+    """What was asked for. What could not have any effect is refused where it says more than a size."""
+    from .replay.options import ReplayOptions
+
+    real, policy = arguments.bytes == "real", WritePolicy(arguments.write_policy)
+    page_bytes, hits = arguments.page_bytes, arguments.selective_hits
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ConfigError(f"--limit: {arguments.limit} is not allowed; allowed: at least 1")
+    if page_bytes is not None and not real:
+        raise ConfigError("--page-bytes: pages have no bytes; allowed: only with --bytes real")
+    if hits is not None and policy is not WritePolicy.WRITE_THROUGH_SELECTIVE:
+        raise ConfigError("--selective-hits: allowed: only with --write-policy write_through_selective")
+    return ReplayOptions(
+        device_pages=arguments.device_pages,
+        host_pages=arguments.host_pages,
+        disk_pages=arguments.disk_pages,
+        write_policy=policy,
+        selective_hits=1 if hits is None else hits,
+        eviction=arguments.eviction,
+        prefetch=StopRule(arguments.prefetch),
+        load_back_min=arguments.load_back_min,
+        block_tokens=arguments.block_tokens,
+        page_tokens=arguments.page_tokens,
+        page_bytes=None if not real else PAGE_BYTES if page_bytes is None else page_bytes,
+        corrupt=arguments.corrupt,
+        disk_dir=arguments.disk_dir,
+        seed=arguments.seed,
+    )
 
 
 def _check_writable(path: str | None) -> None:
@@ -191,7 +294,8 @@ def _check_writable(path: str | None) -> None:
     if not os.path.isdir(folder) or os.path.isdir(path):
         raise ConfigError(f"--json: {path} is not a file in a directory that exists")
     if not os.access(path if os.path.exists(path) else folder, os.W_OK):
-        raise ConfigError(f"--json: {path} cannot be written")
+        why = os.strerror(EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else EACCES)
+        raise ConfigError(f"--json: {path} cannot be written: {why}")
 
 
 def _write_json(path: str, report: Report) -> None:
@@ -202,20 +306,15 @@ def _write_json(path: str, report: Report) -> None:
         raise ConfigError(f"--json: {path} cannot be written: {error.strerror}") from error
 
 
-@contextmanager
-def _said_warnings(command: str) -> Iterator[None]:
-    """Warnings of the configuration become lines on stderr."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    for each in caught:
-        print(f"tiertree {command}: warning: {each.message}", file=sys.stderr)
-
-
 def _say(report: Report, options: ReplayOptions) -> None:
-    Console().print(results(report))
-    for line in sentences(report, options.real_bytes):
-        print(line)
+    from rich.console import Console
+
+    from .replay.show import results, sentences
+
+    table = StringIO()  # a console on stdout would exit by itself, with another status, if nobody reads it
+    Console(file=table, width=Console().width).print(results(report))
+    for line in (*table.getvalue().splitlines(), *sentences(report, options.real_bytes)):
+        print(line.rstrip())
 
 
 # -- tiertree demo ----------------------------------------------------------------------------------
@@ -241,6 +340,12 @@ def _add_demo(commands: Any) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from .replay.demo import demo_options, demo_requests
+    from .replay.driver import Replay
+    from .replay.show import Lines, LiveHits
+
     if arguments.requests < 1:
         raise ConfigError(f"--requests: {arguments.requests} is not allowed; allowed: at least 1")
     options = demo_options(WritePolicy(arguments.write_policy), arguments.seed)

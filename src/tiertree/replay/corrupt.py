@@ -7,12 +7,13 @@ Pages that the next request is about to hit are chosen where there are any, so t
     and shows as             mismatch  │  mismatch    │  checksum failure
 
 Where there are none for long, a page that an earlier request would hit will do. The flips are spread
-evenly over the first nine tenths of the run; what is left then is made up for in the last.
+evenly over the first nine tenths of the run; what is left then is made up for in the last. No page is
+damaged twice on the same tier, so there may be fewer than asked for where there are few pages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -25,15 +26,15 @@ from ..tree.key import Key
 from ..tree.lease import Match
 from ..tree.node import fragments
 from ..tree.pagehash import PageHashes
-from ..types import FULL, Slots, Tier
+from ..types import FULL, Tier
 
 EARLIER_TRIES = 8
 """How many earlier requests are asked for a page before each request, where flips are overdue."""
 
 
 class Corruptor:
-    """Flips one byte in `count` pages of each tier of `cache` in the course of `requests` requests. Only
-    while nothing is in flight. `key_of(i)` is the key of request i; `flipped` counts by tier."""
+    """Flips one byte in `count` different pages of each tier of `cache` in the course of `requests` requests.
+    Only while nothing is in flight. `key_of(i)` is the key of request i; `damaged` counts pages by tier."""
 
     def __init__(
         self,
@@ -48,20 +49,20 @@ class Corruptor:
         self._cache, self._disk, self._hashes, self._key_of = cache, disk, hashes, key_of
         self._count, self._requests = count, requests
         self._random = np.random.default_rng([seed, 2])
-        self.flipped = [0, 0, 0]
+        self._done: tuple[set[bytes], ...] = (set(), set(), set())
+        self.damaged = [0, 0, 0]
 
     def before(self, index: int, key: Key) -> None:
         """Request `index` with `key` comes next: flip what is due. O(flips · pages)."""
         due = min(self._count, -(-self._count * (index + 1) // max(1, self._requests * 9 // 10)))
         late = index >= self._requests * 9 // 10
         for tier in self._tiers():
-            if self.flipped[tier] < due:
-                self.flipped[tier] += self._flip(tier, key)
-            tries = EARLIER_TRIES if late or due - self.flipped[tier] > 1 else 0
-            while self.flipped[tier] < due and tries:
+            if self.damaged[tier] < due:
+                self._flip(tier, key)
+            tries = EARLIER_TRIES if late or due - self.damaged[tier] > 1 else 0
+            while self.damaged[tier] < due and tries:
                 tries -= 1
-                earlier = self._key_of(int(self._random.integers(index + 1)))
-                self.flipped[tier] += self._flip(tier, earlier)
+                self._flip(tier, self._key_of(int(self._random.integers(index + 1))))
 
     def _tiers(self) -> list[Tier]:
         tiers = [Tier.DEVICE]
@@ -71,23 +72,33 @@ class Corruptor:
             tiers.append(Tier.STORAGE)
         return tiers
 
-    def _flip(self, tier: Tier, key: Key) -> bool:
-        """Flip a byte of one page that `key` would hit in `tier`; False where it would hit none there."""
+    def _flip(self, tier: Tier, key: Key) -> None:
+        """Flip a byte of one page that `key` would hit in `tier`, if there is one still sound."""
         match = self._cache.peek(key)
+        hashes = self._hashes.of_key(key)
         if tier == Tier.STORAGE:
-            return self._flip_on_disk(key, match.memory_boundary)
+            flipped = self._flip_on_disk(hashes[match.memory_boundary :])
+        else:
+            flipped = self._flip_in_memory(tier, match, hashes)
+        if flipped is not None:
+            self._done[tier].add(flipped)
+            self.damaged[tier] += 1
+
+    def _flip_in_memory(self, tier: Tier, match: Match, hashes: Sequence[bytes]) -> bytes | None:
+        """The hash of the page that was damaged."""
         pools = self._cache.device_pools if tier == Tier.DEVICE else self._cache.host_pools
         assert pools is not None
         low, high = 0, match.device_boundary
         if tier == Tier.HOST:
             low, high = match.device_boundary, match.memory_boundary
-        slots = _slots(match, tier, low, high)
-        if not len(slots):
-            return False
-        self._flip_in_pool(pools, slots[self._random.integers(len(slots))])
-        return True
+        sound = [each for each in _places(match, tier, low, high) if hashes[each[0]] not in self._done[tier]]
+        if not sound:
+            return None
+        page, slot = sound[self._random.integers(len(sound))]
+        self._flip_in_pool(pools, slot)
+        return hashes[page]
 
-    def _flip_in_pool(self, pools: PoolGroup, slot: np.int64) -> None:
+    def _flip_in_pool(self, pools: PoolGroup, slot: int) -> None:
         pool = pools[FULL].main
         page = np.empty((1, pool.page_bytes), np.uint8)
         chosen = np.array([slot], np.int64)
@@ -95,29 +106,31 @@ class Corruptor:
         page[0, self._random.integers(pool.page_bytes)] ^= self._mask()
         pool.write_pages(chosen, page)
 
-    def _flip_on_disk(self, key: Key, memory: int) -> bool:
-        """A page that memory lacks and disk has, reached by a prefetch."""
+    def _flip_on_disk(self, hashes: tuple[bytes, ...]) -> bytes | None:
+        """Damage one of the pages that memory lacks and disk has, reached by a prefetch; its hash."""
         host = self._cache.host_pools
         assert self._disk is not None
         assert host is not None
-        keys = Keys(FULL, host[FULL], self._cache.config.shard).of(self._hashes.of_key(key)[memory:])
-        held = self._disk.holds(keys)
-        if not held:
-            return False
-        chosen = keys[self._random.integers(held)]
+        keys = Keys(FULL, host[FULL], self._cache.config.shard).of(hashes)
+        held = range(self._disk.holds(keys))
+        sound = [at for at in held if hashes[at] not in self._done[Tier.STORAGE]]
+        if not sound:
+            return None
+        chosen = sound[self._random.integers(len(sound))]
         position = int(self._random.integers(host[FULL].main.page_bytes))
-        return flip_byte(self._disk, chosen, position, self._mask())
+        return hashes[chosen] if flip_byte(self._disk, keys[chosen], position, self._mask()) else None
 
     def _mask(self) -> int:
         return int(self._random.integers(1, 256))
 
 
-def _slots(match: Match, tier: Tier, low: int, high: int) -> Slots:
-    """The slots on `tier` of those of the pages `low .. high` that are there."""
-    found: list[Slots] = []
+def _places(match: Match, tier: Tier, low: int, high: int) -> list[tuple[int, int]]:
+    """(page, slot on `tier`) of those of the pages `low .. high` that are there."""
+    found: list[tuple[int, int]] = []
     for node, first, stop in fragments(match.end, low, high - low) if match.end is not None else ():
         slots = node.lanes[tier].slots
         if slots is not None:
-            found.append(slots[first:stop])
-    joined = np.concatenate(found) if found else np.empty(0, np.int64)
-    return joined[joined >= 0]
+            start = node.end - node.pages
+            each = enumerate(slots[first:stop].tolist(), start + first)
+            found += [(page, slot) for page, slot in each if slot >= 0]
+    return found

@@ -18,7 +18,6 @@ import contextlib
 import select
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from types import TracebackType
 from typing import Self
 
@@ -97,7 +96,7 @@ class Replay:
             self._corruptor = Corruptor(
                 cache, disk, hashes, self._key, options.corrupt, requests, options.seed
             )
-            self.tally.corrupted = self._corruptor.flipped
+            self.tally.corrupted = self._corruptor.damaged
 
     def run(self, watch: Watcher | None = None) -> Report:
         """Serve all requests; the cache stays open, with nothing in flight. O(tokens)."""
@@ -109,7 +108,11 @@ class Replay:
                 watch(self.tally)
         seconds = time.perf_counter() - start
         return Report(
-            self.tally, self.cache.stats(), self.paging.unique_pages, asdict(self.options), round(seconds, 3)
+            self.tally,
+            self.cache.stats(),
+            self.paging.unique_pages,
+            self.options.settings(),
+            round(seconds, 3),
         )
 
     def _key(self, index: int) -> Key:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import asdict, dataclass
+from typing import Any, Final
 
 from ..config import CacheConfig, DeviceConfig, HostConfig, LoadBackConfig, PrefetchConfig
 from ..types import ConfigError, StopRule, WritePolicy
@@ -40,7 +40,7 @@ class ReplayOptions:
     page_bytes: int | None = None
     """Bytes of a page; None: metadata only."""
     corrupt: int = 0
-    """Pages of each tier to flip a byte of while the replay runs; needs bytes."""
+    """Different pages of each tier to flip a byte of while the replay runs; needs bytes."""
     disk_dir: str | None = None
     """Directory of the disk tier, new or empty, kept afterwards; None: a temporary one."""
     seed: int = 0
@@ -71,6 +71,12 @@ class ReplayOptions:
     def real_bytes(self) -> bool:
         """Whether pages have bytes."""
         return self.page_bytes is not None
+
+    def settings(self) -> dict[str, Any]:
+        """Every option as JSON-ready data, with the value that counts where it was left open. Only what has
+        no value stays None: an unbounded device, the bytes of pages without, a temporary directory."""
+        bytes_of_pages = "real" if self.real_bytes else "none"
+        return {**asdict(self), "page_tokens": self.tokens_per_page, "bytes": bytes_of_pages}
 
     def cache_config(self, paging: Paging) -> CacheConfig:
         """The cache that these options describe, for the requests of `paging`. The disk tier is not part of

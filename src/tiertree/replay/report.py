@@ -25,7 +25,7 @@ class Tally:
     loads_refused: int = 0
     """Load-backs that were refused or failed."""
     corrupted: list[int] = field(default_factory=lambda: [0, 0, 0])
-    """Pages of which a byte was flipped."""
+    """Different pages of which a byte was flipped."""
 
     @property
     def hit_ratio(self) -> float:

@@ -15,6 +15,7 @@ from .report import TIERS, Report, Tally
 
 SECONDS_BETWEEN_LOOKS = 0.1
 LINES = 10
+RATE_SECONDS_MIN = 0.1
 
 
 class ProgressBar:
@@ -133,24 +134,35 @@ def results(report: Report) -> Table:
 def sentences(report: Report, real_bytes: bool) -> list[str]:
     """What else there is to say, one sentence a line; the verdict on the bytes comes last."""
     found, tally = report.as_dict(), report.tally
-    rate = tally.requests / report.seconds if report.seconds else 0.0
     lines = [
-        f"{tally.requests:,} requests, {tally.pages:,} pages, {report.unique_pages:,} of them different, "
-        f"in {report.seconds:.1f} s ({rate:,.0f} requests/s)"
+        f"{_some(tally.requests, 'request')}, {_some(tally.pages, 'page')}, {report.unique_pages:,} of them "
+        f"different, in {_duration(report.seconds, tally.requests)}"
     ]
-    for name, what in (
-        ("dropped_pages", "pages were dropped because host had no room"),
-        ("uncached_pages", "pages did not fit on device"),
-        ("failed_operations", "operations failed or were late"),
+    for name, noun, what in (
+        ("dropped_pages", "page", "dropped because host had no room"),
+        ("uncached_pages", "page", "without room on device"),
+        ("failed_operations", "operation", "failed or late"),
     ):
         if found[name]:
-            lines.append(f"{found[name]:,} {what}")
+            lines.append(f"{_some(found[name], noun)} {what}")
     if sum(tally.corrupted):
         flipped = ", ".join(f"{count} on {name}" for name, count in zip(TIERS, tally.corrupted, strict=True))
         lines.append(f"flipped a byte in pages on purpose: {flipped}")
     if real_bytes:
         lines.append(
-            f"verified {tally.verified:,} pages, {tally.mismatched:,} mismatches, "
-            f"{found['checksum_failures']:,} checksum failures"
+            f"verified {_some(tally.verified, 'page')}, {_some(tally.mismatched, 'mismatch', 'mismatches')}, "
+            f"{_some(found['checksum_failures'], 'checksum failure')}"
         )
     return lines
+
+
+def _duration(seconds: float, requests: int) -> str:
+    """How long it took, and how fast that was unless it is too short to tell."""
+    if seconds < RATE_SECONDS_MIN:
+        return f"{max(round(1000 * seconds), 1)} ms"
+    return f"{seconds:.1f} s ({requests / seconds:,.0f} requests/s)"
+
+
+def _some(count: int, one: str, many: str | None = None) -> str:
+    """A count and its noun."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"

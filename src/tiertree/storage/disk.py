@@ -236,10 +236,14 @@ class DiskStorage:
             if self._closed:
                 return
             self._closed = True
-            self._write_tombstones()
-            self._writer.seal()
-            self._handles.close()
-            self._files.close(self._lock)
+            try:
+                self._write_tombstones()
+                self._writer.seal()
+                self._handles.close()
+            except OSError as error:
+                raise StorageError(f"{self.path}: not closed cleanly: {error}") from error
+            finally:
+                self._files.close(self._lock)
 
     def _store(self, items: Sequence[Item]) -> None:
         """Write `items` in order until one is refused; what fits nowhere is skipped."""

@@ -161,5 +161,5 @@ def _run(job: _Job) -> str | None:
                 mover.copy(step, pages)
             job.layers_done = step.arrived
         return None
-    except Exception as error:
+    except BaseException as error:
         return f"{type(error).__name__}: {error}"

@@ -11,11 +11,10 @@ from __future__ import annotations
 import numpy as np
 
 from ..types import FULL, WritePolicy
-from .actions import Completion, Copy, Move, Put, Span
+from .actions import Completion, Put, Span
 from .counters import Counters
 from .evict import Evictor
-from .ledger import Owner
-from .node import Node, fragments, slots_of
+from .node import Node, fragments
 from .operation import Operation, Operations, Purpose
 from .radix import DEVICE, HOST, Radix
 
@@ -79,7 +78,7 @@ class Backup:
 
     def _start(self, end: Node, first: int, stop: int, now: float) -> bool:
         radix, operations, wanted = self._radix, self._operations, stop - first
-        if operations.full:
+        if operations.full or not self._evictor.health.well(now):
             self._counters.backups_dropped += wanted
             return False
         holds = [radix.hold(end, DEVICE), radix.hold(end, HOST)]
@@ -89,20 +88,7 @@ class Backup:
             for hold in holds:
                 radix.unhold(hold)
             return False
-        operation = operations.open(Purpose.BACKUP, now)
-        operation.end, operation.first, operation.count = end, first, room
-        operation.holds = holds
-        operation.source_tier, operation.target_tier = DEVICE, HOST
-        target = radix.ledgers[HOST].take(room, Owner.NODE)
-        assert target is not None
-        operation.target = target
-        operation.source = slots_of(end, DEVICE, first, room)
-        for node, low, high in fragments(end, first, room):
-            at = node.start + low - first
-            radix.attach(node, HOST, low, target[at : at + high - low], filling=True)
-        operations.send(
-            operation, Copy(operation.number, DEVICE, HOST, (Move(FULL, operation.source, target),))
-        )
+        operations.copy(Purpose.BACKUP, (end, first, room), (DEVICE, HOST), holds, now)
         return True
 
     def backed_up(self, operation: Operation, now: float) -> None:

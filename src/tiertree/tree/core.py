@@ -304,6 +304,8 @@ class Core:
         elif operation.late:
             self.operations.finish(operation)
         else:
+            if operation.target_tier == HOST:
+                self._feel(completion.error is None, now)
             self.arrivals.arrive(operation, completion.error is None)
 
     def expire(self, now: float) -> None:
@@ -316,8 +318,16 @@ class Core:
             if operation.purpose in (Purpose.QUERY, Purpose.FETCH):
                 self.fetches.late(operation, now)
             elif operation.purpose is not Purpose.PERSIST:
+                if operation.target_tier == HOST:
+                    self.evictor.health.failed(now, late=True)
                 self.arrivals.late(operation)
         self.fetches.retry(now)
+
+    def _feel(self, ok: bool, now: float) -> None:
+        if ok:
+            self.evictor.health.succeeded()
+        else:
+            self.evictor.health.failed(now)
 
     def _settled(self, operation: Operation, ok: bool) -> None:
         if operation.purpose is Purpose.LOAD_BACK:
@@ -326,6 +336,11 @@ class Core:
             self.backup.backed_up(operation, self._now)
             if operation.purpose is Purpose.DEMOTE:
                 self.evictor.finish_demotion(operation)
+
+    def has_arrived(self, number: int) -> bool:
+        """Whether the executor is done with this operation (it may still wait for another)."""
+        operation = self.operations.in_flight.get(number)
+        return operation is None or operation.arrived
 
     def pinned_slots(self, tier: Tier) -> Iterator[Slots]:
         """The slots of `tier` that something in flight may touch, one array for each such thing."""

@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..types import FULL, Slots, Tier
-from .actions import Copy, Move
+from ..types import Slots, Tier
 from .counters import Counters
-from .ledger import Owner
-from .node import Lane, Node, fragments, slots_of, subtree
+from .health import Health
+from .node import Lane, Node, subtree
 from .operation import Operation, Operations, Purpose
 from .radix import DEVICE, EMPTY, HOST, LANES, Radix
 
@@ -26,13 +25,14 @@ from .radix import DEVICE, EMPTY, HOST, LANES, Radix
 class Evictor:
     """Evicts from either in-memory tier. `write_back`: device pages go to host before they go."""
 
-    __slots__ = ("_counters", "_operations", "_radix", "_write_back")
+    __slots__ = ("_counters", "_operations", "_radix", "_write_back", "health")
 
     def __init__(self, radix: Radix, operations: Operations, counters: Counters, write_back: bool) -> None:
         self._radix = radix
         self._operations = operations
         self._counters = counters
         self._write_back = write_back
+        self.health = Health()
 
     def evict(self, tier: Tier, count: int, now: float) -> tuple[int, int]:
         """Make `count` slots of `tier` free. Returns (slots free now that were not, pages being copied
@@ -145,9 +145,10 @@ class Evictor:
             else:
                 low = max(high - need, self._bare_from(node, high))
                 first = self._up_to(node, node.start + low, node.start + high, need)
-                copied = self._copy_out(node, first, node.start + high, now)
+                well = self.health.well(now)
+                copied = self._copy_out(node, first, node.start + high, now) if well else 0
                 pending += copied
-                if not copied and pending:
+                if not copied and pending and well:
                     radix.victims[DEVICE].discard(node)
                     skipped.append(node)
                     break
@@ -212,20 +213,8 @@ class Evictor:
             radix.unhold(hold)
             return 0
         first = stop - room
-        operation = operations.open(Purpose.DEMOTE, now)
-        operation.end, operation.first, operation.count = end, first, room
-        operation.source_tier, operation.target_tier = DEVICE, HOST
-        operation.source = slots_of(end, DEVICE, first, room)
-        target = radix.ledgers[HOST].take(room, Owner.NODE)
-        assert target is not None
-        operation.target = target
-        for node, low, high in fragments(end, first, room):
-            at = node.start + low - first
-            radix.attach(node, HOST, low, target[at : at + high - low], filling=True)
-        operation.holds += [hold, radix.hold(end, HOST, first)]
-        operations.send(
-            operation, Copy(operation.number, DEVICE, HOST, (Move(FULL, operation.source, target),))
-        )
+        holds = [hold, radix.hold(end, HOST, first)]
+        operations.copy(Purpose.DEMOTE, (end, first, room), (DEVICE, HOST), holds, now)
         return room
 
     def _drop_tail(self, node: Node, page: int) -> int:

@@ -15,14 +15,12 @@ from enum import StrEnum
 
 import numpy as np
 
-from ..types import FULL, Refused
-from .actions import Copy, Move
+from ..types import Refused, Slots
 from .counters import Counters
 from .lease import Lease
-from .ledger import Owner
 from .node import Hold, Node, fragments, slots_of
 from .operation import Operation, Operations, Purpose
-from .radix import DEVICE, HOST, Radix
+from .radix import DEVICE, EMPTY, HOST, Radix
 
 
 class Progress(StrEnum):
@@ -51,6 +49,14 @@ class LoadBack:
     def pages(self) -> int:
         """How many pages it brings."""
         return self.boundary - self.first
+
+    @property
+    def slots(self) -> Slots:
+        """Device slots of pages `first .. boundary`, so that a layer can be read as soon as it is there
+        (`PrefixCache.layers_ready`); none once it has FAILED. O(pages)."""
+        if self.state is Progress.FAILED:
+            return EMPTY
+        return slots_of(self.hold.end, DEVICE, self.first, self.pages)
 
     def __repr__(self) -> str:
         return f"LoadBack({self.state}, pages {self.first} to {self.boundary})"
@@ -143,22 +149,10 @@ class Loads:
 
     def _copy_in(self, end: Node, first: int, count: int, now: float) -> int:
         radix = self._radix
-        operation = self._operations.open(Purpose.LOAD_BACK, now)
-        operation.end, operation.first, operation.count = end, first, count
-        operation.source_tier, operation.target_tier = HOST, DEVICE
-        operation.source = slots_of(end, HOST, first, count)
-        target = radix.ledgers[DEVICE].take(count, Owner.NODE)
-        assert target is not None
-        operation.target = target
         floor = 0 if radix.host_prefix_closed else first
-        operation.holds = [radix.hold(end, DEVICE), radix.hold(end, HOST, floor)]
-        for node, low, high in reversed(list(fragments(end, first, count))):
-            at = node.start + low - first
-            radix.attach(node, DEVICE, low, target[at : at + high - low], filling=True)
-        self._operations.send(
-            operation, Copy(operation.number, HOST, DEVICE, (Move(FULL, operation.source, target),))
-        )
-        return operation.number
+        holds = [radix.hold(end, DEVICE), radix.hold(end, HOST, floor)]
+        pages, tiers = (end, first, count), (HOST, DEVICE)
+        return self._operations.copy(Purpose.LOAD_BACK, pages, tiers, holds, now).number
 
     def node_at(self, end: Node, depth: int) -> Node:
         """The node on the path to `end` that ends at `depth` pages; splits one if need be."""

@@ -13,10 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from ..types import Slots, Tier
-from .actions import Action, Cancel
+from ..types import FULL, Slots, Tier
+from .actions import Action, Cancel, Copy, Move
 from .key import Key
-from .node import Hold, Node
+from .ledger import Owner
+from .node import Hold, Node, fragments, slots_of
 from .radix import EMPTY, Radix
 
 
@@ -99,6 +100,31 @@ class Operations:
         self._next += 1
         self._storing += purpose in STORING
         self.in_flight[operation.number] = operation
+        return operation
+
+    def copy(
+        self,
+        purpose: Purpose,
+        pages: tuple[Node, int, int],
+        tiers: tuple[Tier, Tier],
+        holds: list[Hold],
+        now: float,
+    ) -> Operation:
+        """Start copying `pages` (end node, first page, count) from the first of `tiers` to the second,
+        where they have no slots yet and as many are free. The operation gets `holds`. O(pages)."""
+        radix, (end, first, count), (source, target) = self._radix, pages, tiers
+        slots = radix.ledgers[target].take(count, Owner.NODE)
+        assert slots is not None
+        operation = self.open(purpose, now)
+        operation.end, operation.first, operation.count = pages
+        operation.source_tier, operation.target_tier = tiers
+        operation.source, operation.target = slots_of(end, source, first, count), slots
+        operation.holds = holds
+        for node, low, high in fragments(end, first, count):
+            at = node.start + low - first
+            radix.attach(node, target, low, slots[at : at + high - low], filling=True)
+        move = Move(FULL, operation.source, slots)
+        self.send(operation, Copy(operation.number, source, target, (move,)))
         return operation
 
     def send(self, operation: Operation, action: Action) -> None:
