@@ -125,7 +125,7 @@ def test_i4_does_not_bind_write_back() -> None:
 
 
 def test_i5_a_slot_in_two_nodes(rig: Rig) -> None:
-    ours, theirs = leaf(rig, A).lanes[Tier.DEVICE].slots, leaf(rig, C).lanes[Tier.DEVICE].slots
+    ours, theirs = leaf(rig, A).device.slots, leaf(rig, C).device.slots
     assert ours is not None
     assert theirs is not None
     with breaks(rig, "I5"):
@@ -150,26 +150,26 @@ def test_i5_a_slot_that_is_free_and_not_on_the_free_list(rig: Rig) -> None:
 
 def test_i6_a_lock_without_a_holder(rig: Rig) -> None:
     with breaks(rig, "I6"):
-        leaf(rig, A).lanes[Tier.HOST].locks += 1
+        leaf(rig, A).host.locks += 1
 
 
 def test_i6_a_holder_without_a_lock(rig: Rig) -> None:
     lease = rig.lease(A)
     with breaks(rig, "I6"):
-        leaf(rig, A).lanes[Tier.DEVICE].locks -= 1
+        leaf(rig, A).device.locks -= 1
     assert lease.device_boundary == 4
 
 
 def test_i6_a_pin_without_an_operation(rig: Rig) -> None:
     with breaks(rig, "I6"):
-        rig.core.radix.ledgers[Tier.HOST].pin(leaf(rig, C).lanes[Tier.HOST].slots)
+        rig.core.radix.ledgers[Tier.HOST].pin(leaf(rig, C).host.slots)
 
 
 def test_i6_a_pinned_slot_that_is_free() -> None:
     rig = Rig(device=4, host=4)
     rig.put(C)  # its backup is running
     with breaks(rig, "I6"):
-        rig.core.radix.ledgers[Tier.DEVICE].book[leaf(rig, C).lanes[Tier.DEVICE].slots] = FREE
+        rig.core.radix.ledgers[Tier.DEVICE].book[leaf(rig, C).device.slots] = FREE
 
 
 def test_i7_a_node_that_may_go_and_cannot_be_found(rig: Rig) -> None:
@@ -227,7 +227,7 @@ def test_i11_a_total_that_is_not_the_sum(rig: Rig, counter: str, tier: Tier) -> 
 
 @pytest.mark.parametrize("counter", ["count", "filling", "below"])
 def test_i11_a_node_that_counts_wrongly(rig: Rig, counter: str) -> None:
-    lane = leaf(rig, C).lanes[Tier.HOST]
+    lane = leaf(rig, C).host
     with breaks(rig, "I11"):
         setattr(lane, counter, getattr(lane, counter) + 1)
 
@@ -259,13 +259,13 @@ def test_a_split_keeps_the_object_that_others_refer_to_as_the_suffix() -> None:
     rig = Rig(device=8)
     rig.put([1, 2, 3, 4])
     node = leaf(rig, [1, 2, 3, 4])
-    slots = node.lanes[Tier.DEVICE].slots
+    slots = node.device.slots
     assert slots is not None
     rig.put([1, 2, 9])
     assert leaf(rig, [1, 2, 3, 4]) is node
     assert (node.start, node.end, node.parent) == (2, 4, leaf(rig, [1, 2]))
-    upper = leaf(rig, [1, 2]).lanes[Tier.DEVICE].slots
-    lower = node.lanes[Tier.DEVICE].slots
+    upper = leaf(rig, [1, 2]).device.slots
+    lower = node.device.slots
     assert upper is not None
     assert lower is not None
     assert [*upper.tolist(), *lower.tolist()] == slots.tolist()

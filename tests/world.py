@@ -289,7 +289,7 @@ class World(Rig):
         for node in nodes_of(self.core):
             namespace, units = self._path(node)
             for tier, pages in ready.items():
-                slots = node.lanes[tier].slots
+                slots = node.lane(tier).slots
                 for index, state in enumerate(state_of(self.core, tier, node)):
                     if state != State.READY:
                         continue

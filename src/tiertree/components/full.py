@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from ..tree.ledger import Ledger
 from ..tree.node import Node
-from ..tree.radix import DEVICE, HOST
 from ..types import FULL
 
 
@@ -27,7 +26,7 @@ class FullComponent:
         last = path[-1] if path else None
         for node in path:
             pages = inside if node is last else node.pages
-            lane = node.lanes[DEVICE]
+            lane = node.device
             if on_device:
                 ready = (
                     pages
@@ -47,11 +46,11 @@ class FullComponent:
 
     def _in_memory(self, node: Node, pages: int) -> int:
         """How many of the first `pages` pages are READY on either tier, up to the first that is not."""
-        host = node.lanes[HOST]
+        host = node.host
         if host.slots is None:
-            return min(pages, node.lanes[DEVICE].ready_prefix(self._device))
+            return min(pages, node.device.ready_prefix(self._device))
         if host.count == node.pages and not host.filling:
             return pages
         mask = host.ready_mask(self._host)
-        mask[: node.lanes[DEVICE].ready_prefix(self._device)] = True
+        mask[: node.device.ready_prefix(self._device)] = True
         return pages if mask[:pages].all() else int(mask[:pages].argmin())

@@ -128,7 +128,7 @@ def _places(match: Match, tier: Tier, low: int, high: int) -> list[tuple[int, in
     """(page, slot on `tier`) of those of the pages `low .. high` that are there."""
     found: list[tuple[int, int]] = []
     for node, first, stop in fragments(match.end, low, high - low) if match.end is not None else ():
-        slots = node.lanes[tier].slots
+        slots = node.lane(tier).slots
         if slots is not None:
             start = node.end - node.pages
             each = enumerate(slots[first:stop].tolist(), start + first)

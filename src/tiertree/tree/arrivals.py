@@ -83,7 +83,7 @@ class Arrivals:
             return NOWHERE, NODE_READY
         assert operation.end is not None
         for node, low, _ in fragments(operation.end, operation.first - 1, 1):
-            slots = node.lanes[tier].slots
+            slots = node.lane(tier).slots
             if not node.detached and slots is not None and slots[low] >= 0:
                 return int(slots[low]), int(self._radix.ledgers[tier].book[slots[low]])
         return None
@@ -93,7 +93,7 @@ class Arrivals:
         assert operation.end is not None
         tier, ours = operation.target_tier, []
         for node, low, high in fragments(operation.end, operation.first, operation.count):
-            slots = node.lanes[tier].slots
+            slots = node.lane(tier).slots
             if slots is None:
                 continue
             at = node.start + low - operation.first
@@ -105,7 +105,7 @@ class Arrivals:
         """Make READY what is still this operation's. Returns whether that is all it was asked for."""
         radix, tier, committed = self._radix, operation.target_tier, 0
         for node, low, high in self._ours(operation):
-            lane = node.lanes[tier]
+            lane = node.lane(tier)
             if node.detached:
                 continue
             committed += high - low

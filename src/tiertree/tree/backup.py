@@ -61,16 +61,16 @@ class Backup:
         while node.hits < wanted and node.parent is not None:
             node = node.parent
         bare: list[Node] = []
-        while node.pages and node.lanes[HOST].count < node.pages:
+        while node.pages and node.host.count < node.pages:
             bare.append(node)
             assert node.parent is not None
             node = node.parent
         if not bare:
             return False
-        first = bare[-1].start + bare[-1].lanes[HOST].count
+        first = bare[-1].start + bare[-1].host.count
         stop = first
         for node in reversed(bare):
-            ready = node.lanes[DEVICE].ready_prefix(self._radix.ledgers[DEVICE])
+            ready = node.device.ready_prefix(self._radix.ledgers[DEVICE])
             stop = max(first, node.start + ready)
             if ready < node.pages:
                 break

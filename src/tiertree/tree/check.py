@@ -14,7 +14,7 @@ import numpy as np
 from ..types import InvariantViolated, Tier
 from .core import Core
 from .ledger import NODE_FILLING, NODE_READY, REQUEST_FILLING, Owner, State
-from .node import ABSENT, Hold, Node, subtree
+from .node import ABSENT, NO_CHILDREN, Hold, Node, subtree
 from .operation import Purpose
 from .radix import DEVICE, HOST, LANES
 
@@ -35,7 +35,7 @@ def nodes_of(core: Core) -> list[Node]:
 
 def state_of(core: Core, tier: Tier, node: Node) -> list[int]:
     """Per page of `node` the state of its slot on `tier`, −1 where it has none."""
-    slots = node.lanes[tier].slots
+    slots = node.lane(tier).slots
     if slots is None:
         return [-1] * node.pages
     return [-1 if slot < 0 else int(core.radix.ledgers[tier].book[slot]) >> 2 for slot in slots.tolist()]
@@ -56,6 +56,8 @@ def structure(core: Core) -> Findings:
                 for lane in child.lanes:
                     if lane.slots is not None and len(lane.slots) != child.pages:
                         yield f"{child} has slots for {len(lane.slots)} pages"
+    if NO_CHILDREN:
+        yield "the children of all leaves were written to"
     if core.radix.nodes != len(nodes_of(core)):
         yield f"{core.radix.nodes} nodes are counted, {len(nodes_of(core))} are there"
 
@@ -95,7 +97,7 @@ def conservation(core: Core) -> Findings:
     """I5: free + nodes' + requests' + operations' + LOST = capacity; no slot has two owners."""
     for tier in LANES:
         ledger = core.radix.ledgers[tier]
-        lanes = [node.lanes[tier] for node in [*nodes_of(core), *core.radix.detached]]
+        lanes = [node.lane(tier) for node in [*nodes_of(core), *core.radix.detached]]
         owned = [lane.slots[lane.slots >= 0] for lane in lanes if lane.slots is not None]
         slots = np.concatenate(owned) if owned else np.empty(0, np.int64)
         if len(np.unique(slots)) != len(slots):
@@ -132,7 +134,7 @@ def pins_and_locks(core: Core) -> Findings:
             node = node.parent
     for node in [*nodes_of(core), *core.radix.detached]:
         for tier in LANES:
-            have, held = node.lanes[tier].locks, locks[node, tier]
+            have, held = node.lane(tier).locks, locks[node, tier]
             if have != held:
                 yield f"{node} has {have} locks on {tier.name}, {held} are held"
 
@@ -154,7 +156,7 @@ def candidates(core: Core) -> Findings:
         if len(queued) != core.radix.victims[tier].live:
             yield f"{tier.name}: {len(queued)} candidates are queued, another number is counted"
         for node in nodes_of(core):
-            lane = node.lanes[tier]
+            lane = node.lane(tier)
             if lane.count and not lane.locks and not lane.below and node not in queued:
                 yield f"{node} may go from {tier.name} and is not queued"
     if core.radix.host_prefix_closed:
@@ -162,7 +164,7 @@ def candidates(core: Core) -> Findings:
     for node in nodes_of(core):
         both = zip(state_of(core, DEVICE, node), state_of(core, HOST, node), strict=True)
         duplicate = any(pair == (State.READY, State.READY) for pair in both)
-        if duplicate and not node.lanes[HOST].locks and node not in core.radix.duplicates:
+        if duplicate and not node.host.locks and node not in core.radix.duplicates:
             yield f"{node} has duplicates that eviction would not find"
 
 
@@ -178,7 +180,7 @@ def boundaries(core: Core) -> Findings:
             while node is not None and node.pages:
                 first = lease.device_boundary if tier == HOST else 0
                 pages = range(max(first - node.start, 0), min(stop - node.start, node.pages))
-                slots = node.lanes[tier].slots
+                slots = node.lane(tier).slots
                 book = core.radix.ledgers[tier].book
                 if any(slots is None or slots[page] < 0 or book[slots[page]] != NODE_READY for page in pages):
                     yield f"{lease} was promised pages of {node} on {tier.name} that are not READY"
@@ -206,14 +208,14 @@ def demotion(core: Core) -> Findings:
 def counters(core: Core) -> Findings:
     """I11: the counters equal the sums, per tier; what may be evicted is reclaimable."""
     for tier in LANES:
-        lanes = [node.lanes[tier] for node in nodes_of(core)]
+        lanes = [node.lane(tier) for node in nodes_of(core)]
         for node in nodes_of(core):
-            lane, states = node.lanes[tier], state_of(core, tier, node)
+            lane, states = node.lane(tier), state_of(core, tier, node)
             if lane.count != sum(state >= 0 for state in states):
                 yield f"{node} counts {lane.count} pages on {tier.name}"
             if lane.filling != states.count(State.FILLING):
                 yield f"{node} counts {lane.filling} FILLING pages on {tier.name}"
-            if lane.below != sum(child.lanes[tier].occupied for child in node.children.values()):
+            if lane.below != sum(child.lane(tier).occupied for child in node.children.values()):
                 yield f"{node} counts {lane.below} subtrees with pages on {tier.name}"
         resident = sum(lane.count for lane in lanes)
         protected = sum(lane.count for lane in lanes if lane.locks)

@@ -174,7 +174,7 @@ class Evictor:
 
     def _backed_up_tail(self, node: Node, high: int) -> int:
         """How many pages before page `high` are READY on host, counted backwards."""
-        host = node.lanes[HOST]
+        host = node.host
         if host.slots is None:
             return 0
         bare = np.flatnonzero(~host.ready_mask(self._radix.ledgers[HOST])[:high])
@@ -182,7 +182,7 @@ class Evictor:
 
     def _bare_from(self, node: Node, high: int) -> int:
         """Where the run of pages without a host slot that ends at page `high` begins."""
-        host = node.lanes[HOST]
+        host = node.host
         if host.slots is None:
             return 0
         there = np.flatnonzero(host.slots[:high] >= 0)
@@ -242,7 +242,7 @@ class Evictor:
         gone: list[Slots] = []
         node: Node | None = operation.end
         while node is not None and node.end > operation.first:
-            parent, lane = node.parent, node.lanes[DEVICE]
+            parent, lane = node.parent, node.device
             if not lane.locks and not lane.below and not node.detached:
                 low = max(operation.first - node.start, 0)
                 ours = (

@@ -278,7 +278,7 @@ class Fetches:
         ledger = self._radix.ledgers[HOST]
         before: Node | None = None
         for node in path:
-            lane = node.lanes[HOST]
+            lane = node.host
             ready = lane.ready_prefix(ledger)
             if node.start < prefetch.first:
                 before = node
@@ -303,7 +303,7 @@ class Fetches:
             if node.end <= first:
                 continue
             low = max(first - node.start, 0)
-            held = node.lanes[HOST].slots
+            held = node.host.slots
             bare = np.arange(low, node.pages) if held is None else np.flatnonzero(held[low:] < 0) + low
             for begin, end in runs(bare):
                 at = node.start + begin - first
@@ -321,7 +321,7 @@ class Fetches:
     def _backed_up_to(self, path: list[Node], first: int) -> bool:
         ledger = self._radix.ledgers[HOST]
         return all(
-            node.lanes[HOST].ready_prefix(ledger) >= min(node.pages, first - node.start)
+            node.host.ready_prefix(ledger) >= min(node.pages, first - node.start)
             for node in path
             if node.start < first
         )

@@ -92,7 +92,7 @@ class Insert:
         return (
             not node.children
             and not node.hits
-            and node.lanes[DEVICE].count == node.pages
+            and node.device.count == node.pages
             and len(node.edge) + more <= EDGE_BYTES_MAX
         )
 
@@ -104,7 +104,7 @@ class Insert:
         for node in path:
             if node.end <= first:
                 continue
-            lane = node.lanes[tier]
+            lane = node.lane(tier)
             low = max(first - node.start, 0)
             ready = max(lane.ready_prefix(ledger), low)
             at = node.start - first

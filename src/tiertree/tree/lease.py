@@ -95,7 +95,7 @@ class Lease:
             return EMPTY.copy()
         parts = []
         for node, low, high in fragments(hold.end, 0, self.device_boundary):
-            slots = node.lanes[hold.lane].slots
+            slots = node.lane(hold.lane).slots
             assert slots is not None
             parts.append(slots[low:high])
         return np.concatenate(parts[::-1])

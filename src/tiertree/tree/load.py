@@ -103,7 +103,7 @@ class Loads:
         for node, low, _ in fragments(
             lease.host_hold.end, lease.device_boundary, boundary - lease.device_boundary
         ):
-            count = node.lanes[DEVICE].count
+            count = node.device.count
             if count > low:
                 return min(node.start + count, boundary)
         return lease.device_boundary
@@ -139,7 +139,7 @@ class Loads:
         """Load operations that are filling device slots of these pages."""
         filling: set[int] = set()
         for node, low, high in fragments(end, first, stop - first):
-            lane = node.lanes[DEVICE]
+            lane = node.device
             if lane.filling and lane.slots is not None:
                 filling.update(lane.slots[low:high].tolist())
         if not filling:
@@ -194,7 +194,7 @@ class Loads:
     def _ready(self, load: LoadBack) -> bool:
         ledger = self._radix.ledgers[DEVICE]
         for node, low, high in fragments(load.hold.end, load.first, load.pages):
-            lane = node.lanes[DEVICE]
+            lane = node.device
             if node.detached or lane.slots is None or not np.all(lane.ready_mask(ledger)[low:high]):
                 return False
         return True

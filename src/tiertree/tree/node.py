@@ -2,8 +2,8 @@
 
     parent ──edge: pages 4..9──▶ node          start = 4, end = 10, pages = 6
                                    │
-           lanes[DEVICE].slots  [ 7 3 9 -1 -1 -1]   count 3   prefix-closed (I3)
-           lanes[HOST].slots    [ 0 1 2  5  6  4]   count 6
+               device.slots  [ 7 3 9 -1 -1 -1]   count 3   prefix-closed (I3)
+               host.slots    [ 0 1 2  5  6  4]   count 6
 
 `end` never changes while pages are only cut off in front: a split leaves the existing object its
 suffix and its children, and makes a new object for the prefix. Whoever remembers (end node, first
@@ -101,38 +101,58 @@ ABSENT = Lane()
 """Stands in for a tier that this tree does not have; never written to."""
 
 
+NO_CHILDREN: dict[bytes, Node] = {}
+"""The children of every leaf; never written to (see `Node.adopt`)."""
+
+
 class Node:
-    """A run of pages on one edge. `lanes[tier]` for FULL; other kinds follow behind them. `label` is the
-    first page, the node's name among its siblings."""
+    """A run of pages on one edge. `device` and `host` are its lanes for FULL; `label` is the first page,
+    the node's name among its siblings. Few objects per node: eviction touches them all, mostly cold."""
 
     __slots__ = (
         "children",
         "detached",
+        "device",
         "edge",
         "end",
         "hashes",
         "hits",
+        "host",
         "label",
-        "lanes",
         "last_used",
         "pages",
         "parent",
     )
 
     def __init__(
-        self, edge: bytes, pages: int, end: int, parent: Node | None, lanes: tuple[Lane, ...]
+        self, edge: bytes, pages: int, end: int, parent: Node | None, lanes: tuple[Lane, Lane]
     ) -> None:
         self.edge = edge
         self.pages = pages
         self.end = end
         self.parent = parent
-        self.lanes = lanes
-        self.children: dict[bytes, Node] = {}
+        self.device, self.host = lanes
+        self.children = NO_CHILDREN
         self.hashes = b""
         self.last_used = 0.0
         self.hits = 0
         self.label = b""
         self.detached = False
+
+    def lane(self, tier: int) -> Lane:
+        """The lane for `tier`, DEVICE or HOST."""
+        return self.host if tier else self.device
+
+    @property
+    def lanes(self) -> tuple[Lane, Lane]:
+        """Both lanes."""
+        return self.device, self.host
+
+    def adopt(self, child: Node) -> None:
+        """Make `child` a child under its label, in the place of whoever had it."""
+        if self.children is NO_CHILDREN:
+            self.children = {}
+        self.children[child.label] = child
 
     @property
     def start(self) -> int:
@@ -140,9 +160,7 @@ class Node:
         return self.end - self.pages
 
     def __repr__(self) -> str:
-        return (
-            f"Node(pages {self.start}..{self.end}, device {self.lanes[0].count}, host {self.lanes[1].count})"
-        )
+        return f"Node(pages {self.start}..{self.end}, device {self.device.count}, host {self.host.count})"
 
 
 class Root(Node):
@@ -150,7 +168,7 @@ class Root(Node):
 
     __slots__ = ("namespace",)
 
-    def __init__(self, namespace: str, lanes: tuple[Lane, ...]) -> None:
+    def __init__(self, namespace: str, lanes: tuple[Lane, Lane]) -> None:
         super().__init__(b"", 0, 0, None, lanes)
         self.namespace = namespace
 
@@ -192,7 +210,7 @@ def slots_of(end: Node, tier: int, first: int, count: int) -> Slots:
     """The slots on `tier` of pages `first .. first+count` on the path that ends in `end`; all are there."""
     parts = []
     for node, low, high in fragments(end, first, count):
-        slots = node.lanes[tier].slots
+        slots = node.lane(tier).slots
         assert slots is not None
         parts.append(slots[low:high])
     return np.concatenate(parts[::-1])

@@ -21,7 +21,7 @@ from ..types import Slots, Tier
 from .journal import Announcer, Journal
 from .key import Key, KeyMaker, first_difference
 from .ledger import NODE_FILLING, Ledger
-from .node import ABSENT, NOWHERE, Hold, Lane, Node, Root, subtree
+from .node import ABSENT, NO_CHILDREN, NOWHERE, Hold, Lane, Node, Root, subtree
 from .pagehash import PageHashes
 from .victims import Policy, Victims
 
@@ -121,9 +121,9 @@ class Radix:
         node.pages -= at
         node.parent = upper
         upper.label, node.label = node.label, node.edge[:page_bytes]
-        upper.children[node.label] = node
+        upper.adopt(node)
         if parent.children.get(upper.label) is node:
-            parent.children[upper.label] = upper
+            parent.adopt(upper)
         if node.detached:
             self.detached.add(upper)
         else:
@@ -140,7 +140,7 @@ class Radix:
         node = Node(edge, count, parent.end + count, parent, lanes)
         node.last_used = now
         node.label = edge[: self.keys.page_bytes]
-        parent.children[node.label] = node
+        parent.adopt(node)
         self.nodes += 1
         lane = lanes[tier]
         lane.slots = slots.copy()
@@ -192,7 +192,7 @@ class Radix:
     def attach(self, node: Node, tier: Tier, low: int, slots: Slots, filling: bool) -> None:
         """Pages `low ..` of `node` get `slots` on `tier`, where they had none; the ledger says already
         that a node owns them. O(pages of the node)."""
-        lane, count = node.lanes[tier], len(slots)
+        lane, count = node.lane(tier), len(slots)
         was_occupied = lane.count > 0 or lane.below > 0
         if lane.slots is None:
             if count == node.pages:
@@ -214,7 +214,7 @@ class Radix:
     def detach(self, node: Node, tier: Tier, low: int, high: int) -> Slots:
         """Pages `low .. high` of `node` lose their slots on `tier`, which are returned for the caller
         to drop in the ledger. The pages themselves stay (see `shrink`). O(pages)."""
-        lane = node.lanes[tier]
+        lane = node.lane(tier)
         if lane.slots is None:
             return EMPTY
         part = lane.slots[low:high]
@@ -265,7 +265,7 @@ class Radix:
         del parent.children[node.label]
         node.parent = lane.slots = None
         lane.count = 0
-        above = parent.lanes[0]
+        above = parent.device
         above.below -= 1
         if not above.below:
             if above.count:
@@ -288,7 +288,7 @@ class Radix:
     def _occupy(self, node: Node, tier: Tier) -> None:
         parent = node.parent
         while parent is not None:
-            lane = parent.lanes[tier]
+            lane = parent.lane(tier)
             lane.below += 1
             if lane.count or lane.below > 1:
                 return
@@ -297,7 +297,7 @@ class Radix:
     def _vacate(self, node: Node, tier: Tier) -> None:
         parent = node.parent
         while parent is not None:
-            lane = parent.lanes[tier]
+            lane = parent.lane(tier)
             lane.below -= 1
             if lane.count:
                 if not lane.below:
@@ -311,12 +311,12 @@ class Radix:
 
     def offer(self, node: Node, tier: Tier) -> None:
         """Enter `node` as a candidate for eviction from `tier` if it has become one (I7). O(log n)."""
-        lane = node.lanes[tier]
+        lane = node.lane(tier)
         if lane.locks or not lane.count or node.detached:
             return
         if not lane.below and not lane.ticket:
             self.victims[tier].push(node)
-        if tier == HOST and not self.host_prefix_closed and node.lanes[DEVICE].count:
+        if tier == HOST and not self.host_prefix_closed and node.device.count:
             self.duplicates[node] = None
 
     def hold(self, end: Node, tier: Tier, floor: int = 0) -> Hold:
@@ -327,7 +327,7 @@ class Radix:
         node: Node | None = end
         protected = start = 0
         while node is not None and node.end > floor:
-            lane = node.lanes[tier]
+            lane = node.lane(tier)
             if not lane.locks:
                 protected += lane.count
             lane.locks += 1
@@ -341,7 +341,7 @@ class Radix:
         tier, floor = hold.lane, hold.floor
         node: Node | None = hold.end
         while node is not None and node.end > floor:
-            lane, parent = node.lanes[tier], node.parent
+            lane, parent = node.lane(tier), node.parent
             lane.locks -= 1
             if not lane.locks:
                 if node.detached:
@@ -357,7 +357,7 @@ class Radix:
         nodes = list(subtree(root))
         for node in reversed(nodes):
             for tier in LANES:
-                lane = node.lanes[tier]
+                lane = node.lane(tier)
                 if self.announcer is not None and lane.slots is not None:
                     self.announcer.removed(node, tier, np.flatnonzero(lane.ready_mask(self.ledgers[tier])))
                 self.resident[tier] -= lane.count
@@ -371,20 +371,20 @@ class Radix:
         self.detached.update(nodes)
         for node in nodes:
             self._let_go(node)
-        root.children.clear()
+        root.children = NO_CHILDREN
 
     def _let_go(self, node: Node) -> None:
         """Free what nobody holds of a detached node, and forget the node when that was the last."""
         if node not in self.detached:
             return
         for tier in LANES:
-            if not node.lanes[tier].locks:
+            if not node.lane(tier).locks:
                 slots = self.detach(node, tier, 0, node.pages)
                 if len(slots):
                     self.drop(tier, slots)
         if not any(lane.locks for lane in node.lanes):
             self.detached.discard(node)
-            node.children.clear()
+            node.children = NO_CHILDREN
 
 
 EMPTY: Slots = np.empty(0, np.int64)

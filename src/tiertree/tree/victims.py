@@ -15,8 +15,9 @@ comes up. A node has at most one live entry, the one whose ticket its lane carri
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from heapq import heappop, heappush
+from operator import attrgetter
 from typing import Protocol
 
 from .node import Lane, Node
@@ -35,12 +36,12 @@ class Policy(Protocol):
 class Victims:
     """The candidates of one lane."""
 
-    __slots__ = ("_heap", "_lane", "_policy", "_run", "_ticket", "live")
+    __slots__ = ("_heap", "_lane_of", "_policy", "_run", "_ticket", "live")
 
     def __init__(self, lane: int, policy: Policy) -> None:
         self._heap: list[tuple[float, int, Node]] = []
         self._run: deque[tuple[float, int, Node]] = deque()
-        self._lane = lane
+        self._lane_of: Callable[[Node], Lane] = attrgetter("host" if lane else "device")
         self._policy = policy
         self._ticket = 0
         self.live = 0
@@ -51,7 +52,7 @@ class Victims:
     def push(self, node: Node) -> None:
         """`node` is a candidate now; it has no live entry."""
         self._ticket += 1
-        node.lanes[self._lane].ticket = self._ticket
+        self._lane_of(node).ticket = self._ticket
         self.live += 1
         self._put((self._policy.score(node), self._ticket, node))
 
@@ -65,7 +66,7 @@ class Victims:
     def candidates(self) -> Iterator[tuple[Node, Lane]]:
         """Candidates in the order of the policy, each taken out as it is given. More may be pushed
         meanwhile; whatever is no candidate any more (I7) is passed over."""
-        index, score = self._lane, self._policy.score
+        lane_of, score = self._lane_of, self._policy.score
         while True:
             heap, run = self._heap, self._run
             if heap and (not run or heap[0] < run[0]):
@@ -74,7 +75,7 @@ class Victims:
                 old, ticket, node = run.popleft()
             else:
                 return
-            lane = node.lanes[index]
+            lane = lane_of(node)
             if lane.ticket != ticket:
                 continue
             now = score(node)
@@ -88,7 +89,7 @@ class Victims:
 
     def discard(self, node: Node) -> None:
         """`node` is no candidate any more; its entry dies where it lies."""
-        lane = node.lanes[self._lane]
+        lane = self._lane_of(node)
         if lane.ticket:
             lane.ticket = 0
             self.live -= 1
@@ -101,8 +102,8 @@ class Victims:
         self._run = deque(sorted(alive))
 
     def _alive(self) -> list[tuple[float, int, Node]]:
-        lane = self._lane
-        return [item for item in (*self._run, *self._heap) if item[2].lanes[lane].ticket == item[1]]
+        lane_of = self._lane_of
+        return [item for item in (*self._run, *self._heap) if lane_of(item[2]).ticket == item[1]]
 
     def items(self) -> list[Node]:
         """Every live candidate, in no order. O(n)."""
