@@ -136,21 +136,30 @@ class Ledger:
         return self.book[slots].tobytes().count(code) == len(slots)
 
     def ready(self, slots: Slots, was: int) -> None:
-        """FILLING → READY, and from now on a node's. Raises LedgerError unless all were `was`."""
+        """FILLING → READY, and from now on a node's. Raises LedgerError unless all were `was`. A whole
+        batch of a request's, just as it was taken, needs no further proof."""
         after = NEXT.get((was, "ready"))
-        if after is None or not self.all_are(slots, was):
+        whole = was == REQUEST_FILLING and self._is_batch(slots)
+        if after is None or not (whole or self.all_are(slots, was)):
             raise LedgerError(f"ready: slots {slots.tolist()[:8]} are not all {was}")
         self.book[slots] = after
         if was == REQUEST_FILLING:
             self._untag(slots)
 
+    def _is_batch(self, slots: Slots) -> bool:
+        """Whether `slots` are just what one `take` gave a request, all of which it still has."""
+        batch = self._batches.get(slots.item(0)) if len(slots) else None
+        return batch is not None and batch[1] == slots.tobytes()
+
     def _untag(self, slots: Slots) -> None:
-        """No request has these slots any more. A batch that was not given away as a whole is forgotten."""
-        if len(slots):
-            self.tags[slots] = 0
-            batch = self._batches.pop(slots.item(0), None)
-            if batch is None or batch[1] != slots.tobytes():
-                self._batches.clear()
+        """No request has these slots any more. Of batches only those that nothing was taken from stay."""
+        if not len(slots):
+            return
+        self.tags[slots] = 0
+        if self._is_batch(slots):
+            del self._batches[slots.item(0)]
+        else:
+            self._batches.clear()
 
     def drop(self, slots: Slots) -> int:
         """Their owner lets go of `slots`. Returns how many are FREE now; the pinned ones follow when
