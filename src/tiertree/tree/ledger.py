@@ -85,7 +85,7 @@ class LedgerError(AssertionError):
 class Ledger:
     """The books of one pool of `capacity` slots. Every method is vectorised, O(slots given)."""
 
-    __slots__ = ("_batches", "_stack", "book", "capacity", "free", "pins", "tags")
+    __slots__ = ("_batches", "_proven", "_stack", "book", "capacity", "free", "pins", "tags")
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -94,6 +94,7 @@ class Ledger:
         self.pins: NDArray[np.int32] = np.zeros(capacity, np.int32)
         self.tags: NDArray[np.int64] = np.zeros(capacity, np.int64)
         self._batches: dict[int, tuple[int, bytes]] = {}
+        self._proven: Slots | None = None
         self._stack: Slots = np.arange(capacity - 1, -1, -1, dtype=np.int64)
 
     def take(self, count: int, owner: Owner, tag: int = ANYBODY) -> Slots | None:
@@ -110,7 +111,8 @@ class Ledger:
         return slots
 
     def not_of(self, slots: Slots, tag: int) -> str | None:
-        """What is wrong with the claim that these are distinct slots of request `tag`; None if it is true.
+        """What is wrong with the claim that these are distinct slots of request `tag`, which will give all
+        of them away now; None if it is true.
 
         Slots that come back just as they were taken are recognised by their bytes. Others are proved
         one by one: each carries the tag, and when every slot's position is written over its tag, all
@@ -120,6 +122,8 @@ class Ledger:
             return None
         batch = self._batches.get(slots.item(0))
         if batch is not None and batch[0] == tag and batch[1] == slots.tobytes():
+            del self._batches[slots.item(0)]
+            self._proven = slots
             return None
         if slots.view(np.uint64).max() >= self.capacity:
             return f"slots must be in 0..{self.capacity - 1}"
@@ -136,30 +140,24 @@ class Ledger:
         return self.book[slots].tobytes().count(code) == len(slots)
 
     def ready(self, slots: Slots, was: int) -> None:
-        """FILLING → READY, and from now on a node's. Raises LedgerError unless all were `was`. A whole
-        batch of a request's, just as it was taken, needs no further proof."""
+        """FILLING → READY, and from now on a node's. Raises LedgerError unless all were `was`. Slots that
+        `not_of` has just recognised as one batch need no further proof."""
         after = NEXT.get((was, "ready"))
-        whole = was == REQUEST_FILLING and self._is_batch(slots)
+        whole = slots is self._proven and was == REQUEST_FILLING
         if after is None or not (whole or self.all_are(slots, was)):
             raise LedgerError(f"ready: slots {slots.tolist()[:8]} are not all {was}")
         self.book[slots] = after
-        if was == REQUEST_FILLING:
+        if whole:
+            self.tags[slots] = 0
+            self._proven = None
+        elif was == REQUEST_FILLING:
             self._untag(slots)
 
-    def _is_batch(self, slots: Slots) -> bool:
-        """Whether `slots` are just what one `take` gave a request, all of which it still has."""
-        batch = self._batches.get(slots.item(0)) if len(slots) else None
-        return batch is not None and batch[1] == slots.tobytes()
-
     def _untag(self, slots: Slots) -> None:
-        """No request has these slots any more. Of batches only those that nothing was taken from stay."""
-        if not len(slots):
-            return
+        """No request has these slots any more, and no batch may be recognised that they were part of."""
         self.tags[slots] = 0
-        if self._is_batch(slots):
-            del self._batches[slots.item(0)]
-        else:
-            self._batches.clear()
+        self._proven = None
+        self._batches.clear()
 
     def drop(self, slots: Slots) -> int:
         """Their owner lets go of `slots`. Returns how many are FREE now; the pinned ones follow when
