@@ -32,7 +32,7 @@ from .ledger import ANYBODY, Ledger, Owner
 from .load import LoadBack, Loads
 from .node import Node
 from .operation import Operation, Operations, Purpose
-from .radix import DEVICE, HOST, LANES, Radix
+from .radix import DEVICE, HOST, Radix
 from .victims import Policy
 
 
@@ -305,7 +305,7 @@ class Core:
             self.operations.finish(operation)
         else:
             if operation.target_tier == HOST:
-                self._feel(completion.error is None, now)
+                self.evictor.health.ended(completion.error is None, now)
             self.arrivals.arrive(operation, completion.error is None)
 
     def expire(self, now: float) -> None:
@@ -322,12 +322,6 @@ class Core:
                     self.evictor.health.failed(now, late=True)
                 self.arrivals.late(operation)
         self.fetches.retry(now)
-
-    def _feel(self, ok: bool, now: float) -> None:
-        if ok:
-            self.evictor.health.succeeded()
-        else:
-            self.evictor.health.failed(now)
 
     def _settled(self, operation: Operation, ok: bool) -> None:
         if operation.purpose is Purpose.LOAD_BACK:
@@ -351,8 +345,3 @@ class Core:
                 yield operation.target
         if tier == HOST:
             yield from self.fetches.parked
-
-    @property
-    def resident(self) -> tuple[int, ...]:
-        """Pages in the tree on device and host."""
-        return tuple(self.radix.resident[tier] for tier in LANES)

@@ -142,7 +142,7 @@ class Fetches:
             return Refused("too many operations in flight")
         hashes = self._hashes(key, end, first)
         prefetch = Prefetch(key, first, hashes, now)
-        operation = self._operations.open(Purpose.QUERY, now, key)
+        operation = self._operations.open(Purpose.QUERY, now)
         prefetch.operation = operation
         self._running[operation.number] = prefetch
         self._operations.send(operation, Query(operation.number, hashes, (FULL,)))
@@ -182,7 +182,7 @@ class Fetches:
         if room < least or prefetch.unwanted:
             prefetch.stage = Stage.SETTLED
             return
-        operation = self._operations.open(Purpose.FETCH, now, prefetch.key)
+        operation = self._operations.open(Purpose.FETCH, now)
         target = self._radix.ledgers[HOST].take(room, Owner.OPERATION)
         assert target is not None
         operation.target_tier, operation.target = HOST, target
@@ -268,7 +268,7 @@ class Fetches:
             prefetch.landed = len(parcel) if attached else 0
         self._counters.prefetched += attached
         self._counters.prefetch_discarded += len(parcel) - attached
-        self._radix.freed[HOST] += self._radix.ledgers[HOST].unpin(parcel)
+        self._radix.ledgers[HOST].unpin(parcel)
         prefetch.parcel = EMPTY
         prefetch.stage = Stage.SETTLED
 

@@ -25,8 +25,11 @@ class Health:
         """Whether a copy may be started."""
         return now >= self._until
 
-    def succeeded(self) -> None:
-        """A copy has arrived."""
+    def ended(self, ok: bool, now: float) -> None:
+        """A copy has arrived, or failed."""
+        if not ok:
+            self.failed(now)
+            return
         self._failures = self._bouts = 0
         self._until = 0.0
 

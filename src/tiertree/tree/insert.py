@@ -22,7 +22,6 @@ EDGE_BYTES_MAX = 1 << 16
 """A leaf is lengthened in place up to this many bytes of edge, so that decoding page by page costs a
 bounded copy each time and makes few nodes."""
 
-
 INT64 = np.dtype(np.int64)
 
 
@@ -49,8 +48,9 @@ class Insert:
         self._radix = radix
 
     def check(self, slots: Slots, pages: int | None, tag: int) -> None:
-        """Raise InvalidSlots unless `slots` are `pages` (None: any number of) distinct slots that request
-        `tag` has allocated and not given away. Changes nothing. O(pages)."""
+        """Raise InvalidSlots, having changed nothing, unless `slots` are `pages` (None: any number of)
+        distinct slots that request `tag` has allocated and not given away; the caller gives all of them
+        away next. O(pages)."""
         if not isinstance(slots, np.ndarray) or slots.dtype != INT64 or slots.ndim != 1:
             raise InvalidSlots("slots must be a one-dimensional int64 array")
         if pages is not None and len(slots) != pages:

@@ -15,7 +15,6 @@ from enum import StrEnum
 
 from ..types import FULL, Slots, Tier
 from .actions import Action, Cancel, Copy, Move
-from .key import Key
 from .ledger import Owner
 from .node import Hold, Node, fragments, slots_of
 from .radix import EMPTY, Radix
@@ -40,7 +39,6 @@ class Operation:
     purpose: Purpose
     started: float
     deadline: float
-    key: Key | None = None
     end: Node | None = None
     first: int = 0
     count: int = 0
@@ -69,7 +67,6 @@ class Operations:
         "_storing",
         "deadline_seconds",
         "in_flight",
-        "lost",
         "outbox",
         "operations_max",
     )
@@ -82,7 +79,6 @@ class Operations:
         self.operations_max = operations_max
         self.in_flight: dict[int, Operation] = {}
         self.outbox: list[Action] = []
-        self.lost = 0
 
     @property
     def full(self) -> bool:
@@ -94,9 +90,9 @@ class Operations:
         """Whether no further operation of storage may start."""
         return self._storing >= max(1, self.operations_max // 2)
 
-    def open(self, purpose: Purpose, now: float, key: Key | None = None) -> Operation:
+    def open(self, purpose: Purpose, now: float) -> Operation:
         """A new operation, in flight from now on; the caller fills it in and sends its action."""
-        operation = Operation(self._next, purpose, now, now + self.deadline_seconds, key)
+        operation = Operation(self._next, purpose, now, now + self.deadline_seconds)
         self._next += 1
         self._storing += purpose in STORING
         self.in_flight[operation.number] = operation
@@ -146,7 +142,7 @@ class Operations:
             (operation.target_tier, operation.target),
         ):
             if len(slots):
-                radix.freed[tier] += radix.ledgers[tier].unpin(slots)
+                radix.ledgers[tier].unpin(slots)
         for hold in operation.holds:
             radix.unhold(hold)
         operation.holds.clear()

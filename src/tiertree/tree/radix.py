@@ -56,23 +56,16 @@ class Radix:
         self.victims = (Victims(DEVICE, policy), Victims(HOST, policy))
         self.duplicates: OrderedDict[Node, None] = OrderedDict()
         self.detached: set[Node] = set()
-        self.freed = [0, 0]
 
     # -- structure ------------------------------------------------------------------------------
 
     def root(self, namespace: str) -> Root:
-        """The root of `namespace`, made if need be; a caller that adds no page to it must `prune`."""
+        """The root of `namespace`, made if need be: the caller grafts a page under it at once."""
         root = self.roots.get(namespace)
         if root is None:
             lanes = (Lane(), Lane() if self.has_host else ABSENT)
             root = self.roots[namespace] = Root(namespace, lanes)
         return root
-
-    def prune(self, namespace: str) -> None:
-        """Remove the root of `namespace` if it has no pages."""
-        root = self.roots.get(namespace)
-        if root is not None and not root.children:
-            del self.roots[namespace]
 
     def walk(self, key: Key, start: Node | None = None) -> tuple[list[Node], Node | None, int]:
         """The nodes below `start` (None: the root) that `key` covers whole, and the node it ends inside of
@@ -281,9 +274,7 @@ class Radix:
 
     def drop(self, tier: Tier, slots: Slots) -> int:
         """The tree lets go of `slots`; returns how many are free at once."""
-        freed = self.ledgers[tier].drop(slots)
-        self.freed[tier] += freed
-        return freed
+        return self.ledgers[tier].drop(slots)
 
     def _occupy(self, node: Node, tier: Tier) -> None:
         parent = node.parent
