@@ -12,9 +12,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 LAYERS = (
-    *("types", "validate", "kvlayout", "config"),
-    *("tree", "components", "policy", "pools", "transfer", "storage"),
-    *("events", "metrics", "executor", "driver", "guard", "build", "cache"),
+    *("types", "validate", "components", "kvlayout", "kindconfig", "config"),
+    *("tree", "policy", "pools", "transfer", "storage"),
+    *("events", "metrics", "executor", "driver", "guard", "build", "lifecycle", "cache"),
     *("engines", "replay", "testing", "server", "cli", "__main__"),
 )
 """What stands directly in the package, each allowed to import only itself and what comes before it."""

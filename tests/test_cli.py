@@ -106,6 +106,22 @@ def test_settings_are_those_that_count(trace: Path, tmp_path: Path) -> None:
         assert settings["device_pages"] is None
 
 
+def test_kinds_are_reported_by_name(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.json"
+    options = "--swa-window 512 --swa-device-pages 3 --mamba-every 512 --bytes real --mamba-state-bytes 64"
+    assert main(["replay", str(trace), *options.split(), "--json", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^pages +full +swa +mamba$", said, re.MULTILINE)
+    assert "verified 4 pages (2 full, 1 swa, 1 mamba), 0 mismatches, 0 checksum failures" in said
+    found = json.loads(out.read_text())
+    assert list(found["kinds"]) == ["full", "swa", "mamba"]
+    assert found["kinds"]["mamba"]["bytes"]["page"] == 64
+    assert found["verified_pages"] == sum(each["verified_pages"] for each in found["kinds"].values())
+    assert (found["settings"]["swa_window"], found["settings"]["mamba_device_states"]) == (512, None)
+    assert main(["replay", str(trace), "--json", str(out)]) == 0
+    assert "kinds" not in json.loads(out.read_text())
+
+
 def test_lines_have_no_trailing_spaces(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replay", str(trace), "--limit", "1", "--bytes", "real"]) == 0
     said = capsys.readouterr().out
@@ -130,6 +146,11 @@ def test_lines_have_no_trailing_spaces(trace: Path, capsys: pytest.CaptureFixtur
         ("--json /nowhere/at/all.json", "--json: /nowhere/at/all.json is not a file in a directory"),
         ("--json .", "--json: . is not a file"),
         ("--block-tokens 16", "trace.jsonl:1: hash_ids: 2 ids, but input_length 1024 is 64 blocks"),
+        ("--swa-device-pages 4", "--swa-device-pages: allowed: only with --swa-window"),
+        ("--swa-window 1024 --swa-checkpoint 100", "--swa-checkpoint: 100 is not allowed"),
+        ("--mamba-every 100", "--mamba-every: 100 is not allowed; allowed: a multiple of the page's 512"),
+        ("--mamba-every 512 --mamba-host-states 4", "--mamba-host-states: there is no host tier"),
+        ("--mamba-every few", "tiertree replay: error: --mamba-every: 'few' is not a whole number\n"),
         ("--hosts 3", "unrecognized arguments: --hosts 3"),
     ],
 )

@@ -11,22 +11,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tiertree.components import Mamba, SlidingWindow
 from tiertree.config import (
     Attention,
     CacheConfig,
     DeviceConfig,
     Durability,
     HostConfig,
+    KindConfig,
     KVLayout,
     LoadBackConfig,
     MemoryOrder,
     PrefetchConfig,
     SidecarConfig,
+    StateLayout,
     StorageConfig,
     pages_of,
     parse_bytes,
 )
-from tiertree.types import ConfigError, StopRule, WritePolicy
+from tiertree.types import FULL, MAMBA, SWA, ConfigError, StopRule, Tier, WritePolicy
 
 LAYOUT = {"layers": 2, "kv_heads": 3, "head_size": 4}  # 2 × 2 planes × 16 entries × 3 × 4 × 2 B = 1,536 B
 
@@ -62,6 +65,31 @@ head_size = 4
 name = "draft"
 layout = { layers = 1, kv_heads = 1, head_size = 4, dtype = "float32", attention = "mla" }
 
+[[sidecars]]
+name = "conv"
+kind = "mamba"
+layout = { layers = 3, elements = 8, dtype = "float16" }
+
+[[kinds]]
+device = "12KiB"
+host = 40
+
+[kinds.rules]
+kind = "swa"
+window = 100
+checkpoint_tokens = 320
+
+[kinds.layout]
+layers = 4
+kv_heads = 3
+head_size = 4
+
+[[kinds]]
+device = 8
+host = "1KiB"
+rules = { kind = "mamba", states_per_path = 4 }
+layout = { layers = 3, elements = 9 }
+
 [prefetch]
 stop_rule = "best_effort"
 
@@ -93,16 +121,36 @@ def test_every_value_of_a_toml_file_arrives(tmp_path: Path) -> None:
         host=HostConfig(size="1MiB", order=MemoryOrder.PAGE_FIRST),
         storage=StorageConfig(path="pages", size="1.5GiB", segment_size="64 MiB", durability=Durability.NONE),
         layout=layout(page_size=32),
-        sidecars=(SidecarConfig(name="draft", layout=draft),),
+        sidecars=(
+            SidecarConfig(name="draft", layout=draft),
+            SidecarConfig(name="conv", kind=MAMBA, layout=StateLayout(layers=3, elements=8, dtype="float16")),
+        ),
+        kinds=(
+            KindConfig(
+                rules=SlidingWindow(window=100, checkpoint_tokens=320),
+                device="12KiB",
+                host=40,
+                layout=layout(layers=4, page_size=32),
+            ),
+            KindConfig(
+                rules=Mamba(states_per_path=4),
+                device=8,
+                host="1KiB",
+                layout=StateLayout(layers=3, elements=9),
+            ),
+        ),
         prefetch=PrefetchConfig(stop_rule=StopRule.BEST_EFFORT),
         load_back=LoadBackConfig(max_pages=7),
     )
     assert config.storage is not None
     assert config.storage.size_bytes == 3 << 29
     assert config.storage.segment_bytes == 64 << 20
-    assert config.slot_bytes == 3072 + 512
+    assert config.slot_bytes == {FULL: 3072 + 512, SWA: 6144, MAMBA: 108 + 48}
+    assert list(config.layouts) == [FULL, SWA, MAMBA]
     assert config.device_pages == 100
     assert config.host_pages == (1 << 20) // 3584
+    assert config.kind_pages(Tier.DEVICE) == {FULL: 100, SWA: 2, MAMBA: 8}
+    assert config.kind_pages(Tier.HOST) == {FULL: config.host_pages, SWA: 40, MAMBA: 1024 // 156}
 
 
 def test_defaults_are_the_documented_ones() -> None:
@@ -110,7 +158,8 @@ def test_defaults_are_the_documented_ones() -> None:
     assert (config.page_size, config.unit_bits, config.bigram) == (16, 32, False)
     assert (config.write_policy, config.selective_hits) == (WritePolicy.WRITE_THROUGH, 1)
     assert (config.host, config.storage, config.layout, config.host_pages) == (None, None, None, 0)
-    assert (config.device.order, config.slot_bytes) == (MemoryOrder.LAYER_FIRST, 0)
+    assert (config.device.order, config.slot_bytes, config.layouts) == (MemoryOrder.LAYER_FIRST, {}, {})
+    assert (config.kinds, config.kind_pages(Tier.HOST)) == ((), {FULL: 0})
     assert config.prefetch == PrefetchConfig(
         stop_rule=StopRule.TIMEOUT, min_tokens=256, base_seconds=1.0, per_1024_tokens_seconds=0.25
     )
@@ -160,6 +209,25 @@ def test_page_bytes_and_descriptor() -> None:
     assert layout().descriptor() != layout().descriptor(MemoryOrder.PAGE_FIRST)
 
 
+def test_a_state_is_a_page_of_one_entry() -> None:
+    state = StateLayout(layers=3, elements=10)
+    assert (state.planes, state.entries, state.kv_heads, state.head_size) == (1, 1, 1, 10)
+    assert (state.itemsize, state.page_bytes) == (4, 120)
+    others = [StateLayout(layers=2, elements=15), StateLayout(layers=3, elements=10, dtype="int8")]
+    same_bytes = KVLayout(layers=3, kv_heads=1, head_size=10, dtype="float32", attention="mla", page_size=1)
+    assert len({each.descriptor() for each in (state, *others, same_bytes)}) == 4
+    assert {state.descriptor(order) for order in MemoryOrder} == {state.descriptor()}
+
+
+def test_kinds_without_bytes_have_pages_alone() -> None:
+    kinds = (KindConfig(rules=SlidingWindow(window=8, name="wide"), device=3),)
+    config = CacheConfig(device=DeviceConfig(size=9), kinds=kinds)
+    assert config.kind_pages(Tier.DEVICE) == {FULL: 9, "wide": 3}
+    assert config.kind_pages(Tier.HOST) == {FULL: 0, "wide": 0}
+    assert (config.layouts, config.slot_bytes) == ({}, {})
+    assert hash(config) == hash(dataclasses.replace(config))
+
+
 def test_pages_of_counts_sidecars_and_rounds_down() -> None:
     sidecar = SidecarConfig(name="draft", layout=layout(layers=1))
     assert pages_of(5, None) == 5
@@ -178,6 +246,19 @@ def refuse(values: dict[str, Any], *parts: str) -> None:
 
 STORAGE = {"path": "p", "size": "1MiB"}
 HOST = {"size": 8}
+STATE = {"layers": 2, "elements": 21}  # 168 B
+SWA_RULES = {"kind": "swa", "window": 20}
+WINDOW = {"device": 4, "rules": SWA_RULES}
+
+
+def named(name: str) -> dict[str, Any]:
+    """A kind of that name."""
+    return {**WINDOW, "rules": {**SWA_RULES, "name": name}}
+
+
+def sidecar(**changes: Any) -> dict[str, Any]:
+    """A sidecar of FULL, with some fields replaced."""
+    return {"name": "a", "layout": LAYOUT, **changes}
 
 
 @pytest.mark.parametrize(
@@ -284,10 +365,83 @@ def test_wrong_values_are_refused_by_name(values: dict[str, Any], parts: list[st
             {"layout": LAYOUT, "sidecars": [{"name": "a", "kind": "none", "layout": LAYOUT}]},
             ["sidecars[0].kind: 'none'", "allowed: full"],
         ),
+        (
+            {"layout": LAYOUT, "sidecars": [{"name": "a", "kind": "A b", "layout": LAYOUT}]},
+            ["sidecars[0].kind: 'A b'", "lower-case"],
+        ),
+        ({"layout": STATE}, ["layout: StateLayout", "allowed: a KVLayout"]),
+        ({"layout": {**STATE, "page_size": 16}}, ["layout.page_size: is not a known key", "elements"]),
     ],
 )
 def test_parts_that_cannot_work_together_are_refused(values: dict[str, Any], parts: list[str]) -> None:
     refuse(values, *parts)
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"kinds": SWA_RULES}, ["kinds: ", "[[kinds]]"]),
+        ({"kinds": [3]}, ["kinds[0]: 3", "a table"]),
+        ({"kinds": [None]}, ["kinds[0]: None", "a KindConfig"]),
+        ({"kinds": [{"rules": SWA_RULES}]}, ["kinds[0].device: is missing"]),
+        ({"kinds": [{"device": 4}]}, ["kinds[0].rules: is missing"]),
+        ({"kinds": [{"device": 4, "rules": "swa"}]}, ["kinds[0].rules: 'swa'", "a Component"]),
+        ({"kinds": [{"device": 4, "rules": {}}]}, ["kinds[0].rules.kind: is missing", "mamba, swa"]),
+        ({"kinds": [{"device": 4, "rules": {**SWA_RULES, "window": 0}}]}, ["kinds[0].rules.window: 0"]),
+        ({"kinds": [{"device": 0, "rules": SWA_RULES}]}, ["kinds[0].device: 0", "40GiB"]),
+        ({"kinds": [{"device": "4 GB", "rules": SWA_RULES}]}, ["kinds[0].device: '4 GB'"]),
+        ({"kinds": [{"device": "4GiB", "rules": SWA_RULES}]}, ["kinds[0].device: '4GiB'", "no layout"]),
+        (
+            {"kinds": [{"device": "4B", "rules": SWA_RULES, "layout": LAYOUT}], "layout": LAYOUT},
+            ["kinds[0].device: '4B'", "at least 1536 bytes"],
+        ),
+        ({"kinds": [{"device": 4, "host": 0, "rules": SWA_RULES}]}, ["kinds[0].host: 0"]),
+        ({"kinds": [{"device": 4, "host": 4, "rules": SWA_RULES}]}, ["kinds[0].host: ", "no host tier"]),
+        ({"kinds": [WINDOW], "host": HOST}, ["kinds[0].host: is missing", "has a host tier"]),
+        ({"kinds": [{**WINDOW, "layout": LAYOUT}]}, ["kinds[0].layout: ", "no layout"]),
+        ({"kinds": [WINDOW], "layout": LAYOUT}, ["kinds[0].layout: is missing", "has a layout"]),
+        (
+            {"kinds": [{**WINDOW, "layout": {**LAYOUT, "page_size": 8}}], "layout": LAYOUT},
+            ["kinds[0].layout.page_size: 8", "16"],
+        ),
+        (
+            {"kinds": [{**WINDOW, "layout": {**STATE, "dtype": "int3"}}], "layout": LAYOUT},
+            ["kinds[0].layout.dtype: 'int3'"],
+        ),
+        ({"kinds": [WINDOW, WINDOW]}, ["kinds[1].rules.kind: 'swa' is taken", "each kind once"]),
+        ({"kinds": [named("full")]}, ["kinds[0].rules.kind: 'full' is taken"]),
+        ({"kinds": [named("A b")]}, ["kinds[0].rules.name: 'A b'", "lower-case"]),
+        (
+            {"kinds": [{**WINDOW, "rules": {**SWA_RULES, "checkpoint_tokens": 24}}]},
+            ["kinds[0].rules.checkpoint_tokens: 24", "a multiple of page_size 16"],
+        ),
+        (
+            {"kinds": [{**WINDOW, "layout": STATE}], "layout": LAYOUT, "sidecars": [sidecar(name="swa")]},
+            ["sidecars[0].name: 'swa' is the name of a kind"],
+        ),
+        (
+            {"kinds": [{**WINDOW, "layout": STATE}], "layout": LAYOUT, "sidecars": [sidecar(kind="mamba")]},
+            ["sidecars[0].kind: 'mamba'", "allowed: full, swa"],
+        ),
+        (
+            {
+                "kinds": [{**WINDOW, "host": 4, "layout": STATE}],
+                "layout": LAYOUT,
+                "host": HOST,
+                "storage": {"path": "p", "size": 1536 + 167},
+            },
+            ["storage.size: ", "at least 1704 bytes"],
+        ),
+    ],
+)
+def test_kinds_that_cannot_work_are_refused(values: dict[str, Any], parts: list[str]) -> None:
+    refuse(values, *parts)
+
+
+def test_rules_are_objects_that_answer() -> None:
+    for rules in (SlidingWindow, object(), None):
+        with pytest.raises(ConfigError, match=r"^rules: .* is not allowed; allowed: a Component"):
+            KindConfig(rules=rules, device=1)  # type: ignore[arg-type]
 
 
 def test_a_small_host_is_a_warning_that_says_why() -> None:

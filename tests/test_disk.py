@@ -21,7 +21,7 @@ from tiertree.storage import segment as segment_module
 from tiertree.storage.base import Got, Wrote
 from tiertree.storage.disk import DiskStorage
 from tiertree.storage.tamper import flip_byte
-from tiertree.testing.conformance import check_storage, page_content, page_key, read, write
+from tiertree.testing.conformance import check_storage, held, page_content, page_key, read, write
 from tiertree.types import ConfigError, StorageLocked
 
 
@@ -49,7 +49,7 @@ def test_pages_longer_than_one_read_round_trip(tmp_path: Path) -> None:
 def test_reopening_goes_on_in_the_last_segment(tmp_path: Path) -> None:
     for number in range(20):
         storage = DiskStorage(tmp_path / "d", CAPACITY)
-        assert storage.holds([page_key(n) for n in range(number)]) == number
+        assert all(held(storage, *range(number)))
         write(storage, number, length=100)
         storage.close()
     assert len(list((tmp_path / "d").glob("seg-*"))) == 1
@@ -64,7 +64,7 @@ def test_a_smaller_capacity_removes_the_oldest(tmp_path: Path) -> None:
     stats = smaller.stats()
     assert stats.bytes == sum(file.stat().st_size for file in path.iterdir()) <= CAPACITY // 4
     assert stats.pages > 40
-    assert smaller.holds([page_key(n) for n in range(100 - stats.pages, 100)]) == stats.pages
+    assert held(smaller, *range(100)) == [n >= 100 - stats.pages for n in range(100)]
     smaller.close()
 
 
@@ -79,10 +79,10 @@ def test_pages_that_were_hit_get_another_round(tmp_path: Path) -> None:
             assert read(storage, n)[0] is Got.HIT
     stats = storage.stats()
     assert stats.reinserted >= len(hot) * 2
-    assert storage.holds([page_key(1)]) == 0
+    assert held(storage, 1) == [False]
     for number in range(1000, 1600):
         write(storage, number)
-    assert storage.holds([page_key(n) for n in hot]) == 0, "another round is not for ever"
+    assert not any(held(storage, *hot)), "another round is not for ever"
     storage.close()
 
 
@@ -144,7 +144,7 @@ def test_quarantine_outlives_reopening_and_a_new_put_ends_it(tmp_path: Path) -> 
         assert write(storage, 2) == (Wrote.STORED,)
         close(storage)
         storage = DiskStorage(path, CAPACITY)
-        assert [storage.holds([page_key(n)]) for n in (1, 2, 3)] == [0, 1, 1]
+        assert held(storage, 1, 2, 3) == [False, True, True]
         assert read(storage, 2) == (Got.HIT, bytes(page_content(2)))
         storage.clear()
         storage.close()
@@ -175,15 +175,15 @@ def test_what_a_get_evicted_is_not_said_to_be_evicted_by_the_put_that_stores_it(
         storage = DiskStorage(tmp_path / str(cleared), 24 << 10, segment_bytes=4096)
         write(storage, *range(20), length=500)
         write(storage, *range(20, 40), length=500)
-        held = {n for n in range(40) if storage.holds([page_key(n)])}
+        present = {n for n in range(40) if held(storage, n)[0]}
         vanished: set[int] = set()
         before = storage.stats().evicted
         while not vanished:
-            rotten = max(held)
+            rotten = max(present)
             flip_byte(storage, page_key(rotten), 7)
             assert read(storage, rotten, 500)[0] is Got.CORRUPT
-            held.remove(rotten)
-            vanished = {n for n in held if not storage.holds([page_key(n)])}
+            present.remove(rotten)
+            vanished = {n for n in present if not held(storage, n)[0]}
         assert storage.stats().evicted - before == len(vanished) > 1, "counted when it happens"
         back, *others = sorted(vanished)
         if cleared:
@@ -192,7 +192,7 @@ def test_what_a_get_evicted_is_not_said_to_be_evicted_by_the_put_that_stores_it(
         result = storage.put([page_key(back)], [page_content(back, 500)])
         assert result.outcomes == (Wrote.STORED,)
         assert list(result.evicted) == [page_key(n) for n in others]
-        assert storage.holds([page_key(back)]) == 1
+        assert held(storage, back) == [True]
         assert storage.put([], []).evicted == (), "said once"
         storage.close()
 
@@ -303,7 +303,7 @@ class DiskMachine(RuleBasedStateMachine):
         return 100 + number * 37
 
     def held(self) -> set[int]:
-        return {n for n in range(31) if self.storage.holds([page_key(n)])}
+        return {n for n, each in enumerate(held(self.storage, *range(31))) if each}
 
     @rule(numbers=st.lists(numbers, max_size=6))
     def put(self, numbers: list[int]) -> None:

@@ -164,10 +164,10 @@ def test_the_oracle_believes_a_good_stream() -> None:
     for event in (stored("ab"), stored("c", "b"), stored("abc", medium=Tier.HOST)):
         oracle.apply(event, parents_first=True)
     oracle.apply(BlockRemoved(Tier.DEVICE, (b"c", b"b")))
-    assert oracle.match([*b"abcd"]) == (1, 3)
+    assert oracle.match([*b"abcd"])[:2] == (1, 3)
     oracle.apply(AllBlocksCleared(Tier.HOST))
-    assert oracle.match([*b"abcd"]) == (1, 1)
-    assert oracle.match([*b"xab"]) == (0, 0)
+    assert oracle.match([*b"abcd"])[:2] == (1, 1)
+    assert oracle.match([*b"xab"])[:2] == (0, 0)
 
 
 def test_the_oracle_refuses_a_page_stored_twice() -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 from rig import Rig, make_cache
 
-from tiertree import Inserted, NoRoom, Tier
+from tiertree import FULL, Inserted, NoRoom, Tier
 from tiertree.storage.memory import KeyStorage
-from tiertree.testing.faults import JUNK, Clock, FaultyExecutor
-from tiertree.tree.actions import Copy, Get
+from tiertree.testing.faults import JUNK, Clock, FaultyExecutor, ManualExecutor
+from tiertree.tree.actions import Completion, Copy, Get, Move, Put, Query, Span
+from tiertree.types import Kind
 
 DEVICE, HOST = Tier.DEVICE, Tier.HOST
+OTHER = Kind("other")
 
 
 def test_a_target_is_junk_until_its_transfer_is_completed() -> None:
@@ -97,3 +100,108 @@ def test_a_cache_over_a_faulty_executor_stays_right_and_the_same_seed_repeats_it
     asked, stats = faulty_run(seed)
     assert (asked, stats) == faulty_run(seed)
     assert asked
+
+
+def several_kinds() -> ManualExecutor:
+    """Two pages of FULL and two of another kind on storage, nothing on host."""
+    executor = ManualExecutor(4, 4, Clock(), {OTHER: (2, 3)})
+    executor.attach(KeyStorage(99))
+    for kind in (FULL, OTHER):
+        executor.of(kind)[HOST][:2] = [f"{kind} 0", f"{kind} 1"]
+    executor.submit(Put(1, (some(FULL, 0, 1), some(OTHER, 0, 1))))
+    executor.complete()
+    assert executor.poll() == [Completion(1, 2, stored=(bytes(32), b"\1" * 32), others=(2,))]
+    executor.submit(Get(2, (some(FULL, 0, 1), some(OTHER, 0, 1))))
+    return executor
+
+
+def some(kind: Kind, *slots: int) -> Span:
+    """Pages in these slots, each with a hash of its slot's number."""
+    return Span(kind, tuple(bytes([slot]) * 32 for slot in slots), np.array(slots, np.int64))
+
+
+def test_each_kind_has_contents_of_its_own() -> None:
+    executor = several_kinds()
+    assert executor.contents is executor.of(FULL)
+    assert [len(executor.of(OTHER)[tier]) for tier in (DEVICE, HOST)] == [2, 3]
+    assert executor.contents[HOST] == executor.of(OTHER)[HOST] + [None] == [JUNK, JUNK, None, None]
+    executor.complete()
+    assert executor.contents[HOST][:2] == ["full 0", "full 1"]
+    assert executor.of(OTHER)[HOST] == ["other 0", "other 1", None]
+    assert executor.stored[OTHER, bytes(32)] == "other 0"
+    assert executor.poll() == [Completion(2, 2, others=(2,))]
+    slots = np.array([0], np.int64)
+    executor.submit(Copy(3, HOST, DEVICE, (Move(FULL, slots, slots), Move(OTHER, slots, slots + 1))))
+    assert (executor.contents[DEVICE][0], executor.of(OTHER)[DEVICE]) == (JUNK, [None, JUNK])
+    executor.complete()
+    assert (executor.contents[DEVICE][0], executor.of(OTHER)[DEVICE]) == ("full 0", [None, "other 0"])
+    executor.clone(OTHER, slots + 1, slots)
+    assert executor.of(OTHER)[DEVICE] == ["other 0", "other 0"]
+
+
+def test_a_query_is_answered_kind_by_kind() -> None:
+    executor = several_kinds()
+    hashes = tuple(bytes([each]) * 32 for each in (0, 7, 1))
+    executor.submit(Query(3, ((FULL, hashes), (OTHER, hashes))))
+    executor.complete(3)
+    assert executor.poll() == [Completion(3, 1, held=(b"\1\0\1",))]
+
+
+def test_a_failed_get_brings_what_it_says_of_each_kind() -> None:
+    executor = several_kinds()
+    executor.fail(2, 2, others=[1])
+    assert executor.poll() == [Completion(2, 2, "failed", others=(1,))]
+    assert executor.contents[HOST][:2] == ["full 0", "full 1"]
+    assert executor.of(OTHER)[HOST] == ["other 0", JUNK, None]
+    for pages, others in ((0, 0), (1, 2)):
+        executor.submit(Get(3, (some(FULL, 0, 1), some(OTHER, 0, 1))))
+        executor.fail(3, pages)
+        assert executor.poll() == [Completion(3, pages, "failed", others=(others,))]
+
+
+def test_pages_told_of_by_a_progress_are_not_touched_again() -> None:
+    executor = several_kinds()
+    executor.progress(2, 1)
+    assert executor.of(OTHER)[HOST][:2] == ["other 0", "other 1"]
+    for kind in (FULL, OTHER):
+        executor.of(kind)[HOST][0] = "the next owner's"
+    executor.progress(2, 0)
+    executor.complete(2)
+    assert executor.contents[HOST][:2] == ["the next owner's", "full 1"]
+    assert executor.of(OTHER)[HOST][:2] == ["the next owner's", "other 1"]
+    first, second, last = executor.poll()
+    assert first == second == Completion(2, 1, final=False, others=(2,))
+    assert last == Completion(2, 2, others=(2,))
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_what_a_progress_said_of_the_other_kinds_stays(failed: bool) -> None:
+    executor = several_kinds()
+    executor.progress(2, 1, [1])
+    if failed:
+        executor.fail(2)
+    else:
+        executor.complete(2)
+    assert executor.of(OTHER)[HOST][:2] == ["other 0", JUNK]
+    assert [(each.pages, each.others) for each in executor.poll()] == [(1, (1,)), (1 if failed else 2, (1,))]
+
+
+def test_a_faulty_executor_answers_several_kinds_and_the_same_seed_repeats_it() -> None:
+    def run(seed: int) -> tuple[list[Completion], list[object]]:
+        executor = FaultyExecutor(4, 4, Clock(), seed, failing=0.5, kinds={OTHER: (2, 3)})
+        executor.attach(KeyStorage(3))
+        for op in range(0, 90, 3):
+            spans = (some(FULL, 0, 1, 2), some(OTHER, 0, 1))
+            executor.submit(Put(op, spans))
+            executor.submit(Query(op + 1, tuple((each.kind, each.hashes) for each in spans)))
+            executor.submit(Get(op + 2, spans))
+            executor.step()
+        while executor.pending:
+            executor.step()
+        return executor.poll(), executor.of(OTHER)[HOST]
+
+    runs = [run(seed) for seed in range(20)]
+    assert runs == [run(seed) for seed in range(20)]
+    answers = [each for done, _ in runs for each in done]
+    assert {each.others for each in answers if each.others and not each.final} >= {(0,), (1,), (2,)}
+    assert {each.held for each in answers} >= {(), (b"\1\1",)}

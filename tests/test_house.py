@@ -68,6 +68,8 @@ def public_text() -> dict[str, str]:
         ("storage/disk.py", "from ..cache import PrefixCache\nfrom ..tree.actions import Put", 1),
         ("types.py", "from .config import CacheConfig", 1),
         ("config.py", "from .types import Kind", 0),
+        ("config.py", "from .components import Component", 0),
+        ("components/mamba.py", "from ..tree.node import Node\nfrom ..kvlayout import KVLayout", 2),
         ("replay/run.py", "from tiertree import PrefixCache", 0),
         ("helpers.py", "", 1),
         ("__init__.py", "from .cli import main", 0),

@@ -7,7 +7,7 @@ import pytest
 from tiertree.storage.base import Got, Wrote
 from tiertree.storage.memory import KeyStorage, MemoryStorage
 from tiertree.storage.tamper import flip_byte
-from tiertree.testing.conformance import check_storage, page_content, page_key, read, write
+from tiertree.testing.conformance import check_storage, held, page_content, page_key, read, write
 from tiertree.types import ConfigError, StorageError
 
 
@@ -49,7 +49,7 @@ def test_keys_alone() -> None:
     assert storage.get([page_key(0), page_key(2)], [untouched] * 2) == [Got.HIT, Got.MISS]
     assert bytes(untouched) == b"as it was"
     assert storage.put([page_key(3)], [nothing]).evicted == (page_key(1),)
-    assert storage.holds([page_key(0), page_key(3), page_key(1)]) == 2
+    assert held(storage, 1, 3, 0, 3) == [False, True, True, True]
     assert (storage.stats().pages, storage.stats().bytes) == (2, 0)
     storage.close()
     with pytest.raises(StorageError, match="KeyStorage: used after close"):

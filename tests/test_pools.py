@@ -10,22 +10,23 @@ import numpy as np
 import pytest
 import torch
 
-from tiertree.config import KVLayout, MemoryOrder, SidecarConfig
+from tiertree.config import KVLayout, Layout, MemoryOrder, SidecarConfig, StateLayout
 from tiertree.pools.group import KindPools, PoolGroup
 from tiertree.pools.paged import Pool
 from tiertree.types import FULL, ConfigError, InvalidSlots, Kind
 
 LAYER_FIRST, PAGE_FIRST, DIRECT = MemoryOrder
-LAYOUTS = {
+LAYOUTS: dict[str, Layout] = {
     "mha": KVLayout(layers=3, kv_heads=2, head_size=4, dtype="bfloat16", page_size=4),
     "mla": KVLayout(layers=2, kv_heads=1, head_size=5, dtype="float32", attention="mla", page_size=3),
     "compressed": KVLayout(layers=2, kv_heads=1, head_size=8, dtype="int8", page_size=8, tokens_per_entry=4),
     "odd-bytes": KVLayout(layers=2, kv_heads=1, head_size=3, dtype="float8_e4m3fn", page_size=2),
+    "state": StateLayout(layers=3, elements=7, dtype="float32"),
 }
 PAGES = 5
 
 
-def filled(layout: KVLayout, order: MemoryOrder, seed: int = 0, pages: int = PAGES) -> Pool:
+def filled(layout: Layout, order: MemoryOrder, seed: int = 0, pages: int = PAGES) -> Pool:
     """A pool of random bytes, NaN patterns included, the same logical bytes for every order."""
     pool = Pool(layout, order, pages)
     shape = (*pool.logical.shape[:4], layout.kv_heads, layout.head_size * layout.itemsize)
@@ -39,7 +40,12 @@ def raw(pool: Pool) -> np.ndarray:
     return pool.tensor.view(torch.uint8).numpy().reshape(-1)
 
 
-def offset(order: MemoryOrder, layout: KVLayout, page: int, layer: int, plane: int, entry: int) -> int:
+def pages_of(pool: Pool) -> np.ndarray:
+    """The logical bytes of all pages, [page, …], copied."""
+    return pool.logical.contiguous().view(torch.uint8).cpu().numpy().copy()
+
+
+def offset(order: MemoryOrder, layout: Layout, page: int, layer: int, plane: int, entry: int) -> int:
     """Byte offset of an item, written out from the definition of each order."""
     layers, planes, entries = layout.layers, layout.planes, layout.entries
     item = {
@@ -52,7 +58,7 @@ def offset(order: MemoryOrder, layout: KVLayout, page: int, layer: int, plane: i
 
 @pytest.mark.parametrize("order", MemoryOrder)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_every_item_lies_where_its_order_says(layout: KVLayout, order: MemoryOrder) -> None:
+def test_every_item_lies_where_its_order_says(layout: Layout, order: MemoryOrder) -> None:
     pool = filled(layout, order)
     memory = raw(pool)
     assert memory.size == pool.nbytes == PAGES * layout.page_bytes
@@ -77,7 +83,7 @@ def test_a_layer_is_a_view_of_the_pool(order: MemoryOrder) -> None:
 
 @pytest.mark.parametrize("order", MemoryOrder)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_pages_round_trip_as_bytes(layout: KVLayout, order: MemoryOrder) -> None:
+def test_pages_round_trip_as_bytes(layout: Layout, order: MemoryOrder) -> None:
     source, target = filled(layout, order, seed=1), filled(layout, order, seed=2)
     before = target.logical.clone().view(torch.uint8)
     slots = np.array([3, 0, 4], np.int64)
@@ -92,7 +98,7 @@ def test_pages_round_trip_as_bytes(layout: KVLayout, order: MemoryOrder) -> None
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_a_page_outside_its_pool_is_page_first_direct_unless_page_first(layout: KVLayout) -> None:
+def test_a_page_outside_its_pool_is_page_first_direct_unless_page_first(layout: Layout) -> None:
     slots = np.array([4, 1], np.int64)
     pages = {}
     for order in MemoryOrder:
@@ -103,7 +109,7 @@ def test_a_page_outside_its_pool_is_page_first_direct_unless_page_first(layout: 
     assert np.array_equal(pages[LAYER_FIRST], direct)
     assert np.array_equal(pages[DIRECT], direct)
     assert np.array_equal(pages[PAGE_FIRST], by_entry)
-    assert not np.array_equal(direct, by_entry)
+    assert np.array_equal(direct, by_entry) == isinstance(layout, StateLayout)
 
 
 @pytest.mark.parametrize("order", [PAGE_FIRST, DIRECT])
@@ -163,14 +169,20 @@ def test_page_arrays_of_the_wrong_form_are_refused(change: str) -> None:
 def test_a_group_gives_every_sidecar_the_slots_of_its_kind() -> None:
     other = Kind("other")
     draft = SidecarConfig(name="draft", layout=LAYOUTS["mla"])
+    conv = SidecarConfig(name="conv", kind=other, layout=StateLayout(layers=1, elements=5, dtype="float16"))
     group = PoolGroup.build(
-        {FULL: LAYOUTS["mha"], other: LAYOUTS["compressed"]}, [draft], order=PAGE_FIRST, pages=PAGES
+        {FULL: LAYOUTS["mha"], other: LAYOUTS["state"]},
+        [draft, conv],
+        order=PAGE_FIRST,
+        pages={FULL: PAGES, other: 2},
     )
     assert group.kinds == (FULL, other)
     assert [pool.layout for pool in group[FULL]] == [LAYOUTS["mha"], LAYOUTS["mla"]]
-    assert {pool.pages for kind in group.kinds for pool in group[kind]} == {PAGES}
-    assert group.nbytes == PAGES * sum(LAYOUTS[name].page_bytes for name in ("mha", "mla", "compressed"))
-    assert not group[other].sidecars
+    assert [pool.layout for pool in group[other]] == [LAYOUTS["state"], conv.layout]
+    assert [[pool.pages for pool in group[kind]] for kind in group.kinds] == [[PAGES, PAGES], [2, 2]]
+    bytes_of = {name: layout.page_bytes for name, layout in LAYOUTS.items()}
+    assert group.nbytes == PAGES * (bytes_of["mha"] + bytes_of["mla"]) + 2 * (bytes_of["state"] + 10)
+    assert list(group[other].sidecars) == ["conv"]
     assert other in group
     assert Kind("none") not in group
 
@@ -178,23 +190,77 @@ def test_a_group_gives_every_sidecar_the_slots_of_its_kind() -> None:
 def test_pairs_are_the_same_pools_of_two_tiers() -> None:
     draft = SidecarConfig(name="draft", layout=LAYOUTS["mla"])
     layouts = {FULL: LAYOUTS["mha"]}
-    device = PoolGroup.build(layouts, [draft], order=LAYER_FIRST, pages=2)
-    host = PoolGroup.build(layouts, [draft], order=DIRECT, pages=4, pinned=True)
+    device = PoolGroup.build(layouts, [draft], order=LAYER_FIRST, pages={FULL: 2})
+    host = PoolGroup.build(layouts, [draft], order=DIRECT, pages={FULL: 4}, pinned=True)
     expected = [
         (device[FULL].main, host[FULL].main),
         (device[FULL].sidecars["draft"], host[FULL].sidecars["draft"]),
     ]
     assert device.pairs(FULL, host) == expected
     with pytest.raises(ConfigError, match="draft"):
-        device.pairs(FULL, PoolGroup.build(layouts, order=DIRECT, pages=4))
+        device.pairs(FULL, PoolGroup.build(layouts, order=DIRECT, pages={FULL: 4}))
 
 
 def test_a_sidecar_without_its_kind_or_of_another_size_is_refused() -> None:
+    other = Kind("other")
     draft = SidecarConfig(name="draft", layout=LAYOUTS["mla"])
     with pytest.raises(ConfigError, match=r"sidecars\.draft"):
-        PoolGroup.build({Kind("other"): LAYOUTS["mha"]}, [draft], order=DIRECT, pages=2)
+        PoolGroup.build({other: LAYOUTS["mha"]}, [draft], order=DIRECT, pages={other: 2})
     with pytest.raises(ConfigError, match=r"sidecars\.draft"):
         KindPools(Pool(LAYOUTS["mha"], DIRECT, 2), {"draft": Pool(LAYOUTS["mla"], DIRECT, 3)})
+
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+    ),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("order", MemoryOrder)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_clone_is_the_page_and_touches_nothing_else(name: str, order: MemoryOrder, device: str) -> None:
+    pool = Pool(LAYOUTS[name], order, PAGES, device)
+    pool.tensor.copy_(filled(LAYOUTS[name], order).tensor)
+    expected = pages_of(pool)
+    expected[[4, 1]] = expected[[2, 0]]
+    pool.clone(np.array([2, 0]), np.array([4, 1]))
+    assert np.array_equal(pages_of(pool), expected)
+    pool.clone(np.array([], np.int64), np.array([], np.int64))
+    assert np.array_equal(pages_of(pool), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_clone_takes_sidecars_along_and_leaves_other_kinds_alone(device: str) -> None:
+    other = Kind("other")
+    group = PoolGroup.build(
+        {FULL: LAYOUTS["mha"], other: LAYOUTS["state"]},
+        [SidecarConfig(name="conv", kind=other, layout=LAYOUTS["odd-bytes"])],
+        order=LAYER_FIRST,
+        pages={FULL: PAGES, other: PAGES},
+        device=device,
+    )
+    for seed, pool in enumerate([*group[FULL], *group[other]]):
+        pool.tensor.copy_(filled(pool.layout, pool.order, seed).tensor)
+    before = [pages_of(pool) for kind in group.kinds for pool in group[kind]]
+    group.clone(other, np.array([1]), np.array([3]))
+    for each in before[1:]:
+        each[3] = each[1]
+    after = [pages_of(pool) for kind in group.kinds for pool in group[kind]]
+    assert all(np.array_equal(*pair) for pair in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [([0], [PAGES]), ([-1], [0]), ([0, 1], [2])], ids=["target", "source", "number"]
+)
+def test_a_clone_of_no_slots_is_refused(source: list[int], target: list[int]) -> None:
+    pool = filled(LAYOUTS["mha"], DIRECT)
+    before = raw(pool).copy()
+    with pytest.raises(InvalidSlots):
+        pool.clone(np.array(source), np.array(target))
+    assert np.array_equal(raw(pool), before)
 
 
 class FakeRuntime:

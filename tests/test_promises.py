@@ -116,8 +116,8 @@ class Broken(MemoryStorage):
             buffer[:] = b"\xff" * len(buffer)
         raise StorageError("the disk is on fire")
 
-    def holds(self, keys: Sequence[bytes]) -> int:
-        return len(keys)
+    def holds(self, keys: Sequence[bytes]) -> list[bool]:
+        return [True] * len(keys)
 
 
 def test_promise_2_a_failed_store_is_never_visible_and_a_failed_load_is_a_miss() -> None:
@@ -139,9 +139,9 @@ class Hanging(MemoryStorage):
         super().__init__(capacity_bytes)
         self.let_go = threading.Event()
 
-    def holds(self, keys: Sequence[bytes]) -> int:
+    def holds(self, keys: Sequence[bytes]) -> list[bool]:
         self.let_go.wait(60.0)
-        return 0
+        return [False] * len(keys)
 
     def put(self, keys: Sequence[bytes], pages: Sequence[Buffer]) -> PutResult:
         self.let_go.wait(60.0)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tiertree.config import KVLayout, MemoryOrder, SidecarConfig
+from tiertree.config import KVLayout, Layout, MemoryOrder, SidecarConfig, StateLayout
 from tiertree.pools.group import PoolGroup
 from tiertree.pools.paged import Pool
 from tiertree.transfer import copy
@@ -20,7 +20,7 @@ from tiertree.types import FULL, CacheClosed, InvalidSlots
 
 LAYER_FIRST, PAGE_FIRST, DIRECT = MemoryOrder
 LONG_S = 30.0  # a deadline that only a hung test meets
-LAYOUTS = {
+LAYOUTS: dict[str, Layout] = {
     "mha-bf16": KVLayout(layers=3, kv_heads=2, head_size=4, dtype="bfloat16", page_size=4),
     "mha-f8": KVLayout(layers=2, kv_heads=1, head_size=3, dtype="float8_e5m2", page_size=2),
     "mla-f32": KVLayout(layers=2, kv_heads=1, head_size=5, dtype="float32", attention="mla", page_size=3),
@@ -29,11 +29,12 @@ LAYOUTS = {
         layers=2, kv_heads=2, head_size=8, dtype="int8", page_size=8, tokens_per_entry=4
     ),
     "large-pages": KVLayout(layers=4, kv_heads=8, head_size=128, dtype="bfloat16", page_size=32),
+    "state": StateLayout(layers=3, elements=9, dtype="float32"),
 }
 SMALL = LAYOUTS["mha-bf16"]
 
 
-def pool_of(layout: KVLayout, order: MemoryOrder, pages: int, seed: int) -> Pool:
+def pool_of(layout: Layout, order: MemoryOrder, pages: int, seed: int) -> Pool:
     """A pool of random bytes, NaN patterns included."""
     pool = Pool(layout, order, pages)
     values = np.random.default_rng(seed).integers(0, 256, pool.nbytes, np.uint8)
@@ -113,7 +114,7 @@ def finish(engine: CpuEngine) -> list[Transferred]:
 @pytest.mark.parametrize("device_order", MemoryOrder)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_pages_come_back_bit_equal_through_any_two_orders(
-    layout: KVLayout, device_order: MemoryOrder, host_order: MemoryOrder, start: Callable[..., CpuEngine]
+    layout: Layout, device_order: MemoryOrder, host_order: MemoryOrder, start: Callable[..., CpuEngine]
 ) -> None:
     rng = np.random.default_rng(7)
     device, host = pool_of(layout, device_order, 9, seed=1), pool_of(layout, host_order, 11, seed=2)
@@ -195,8 +196,8 @@ def test_other_devices_copy_the_same_bytes(source_order: MemoryOrder, target_ord
 
 def test_sidecars_ride_along(start: Callable[..., CpuEngine]) -> None:
     draft = SidecarConfig(name="draft", layout=LAYOUTS["mla-f16"])
-    device = PoolGroup.build({FULL: SMALL}, [draft], order=LAYER_FIRST, pages=4)
-    host = PoolGroup.build({FULL: SMALL}, [draft], order=PAGE_FIRST, pages=4)
+    device = PoolGroup.build({FULL: SMALL}, [draft], order=LAYER_FIRST, pages={FULL: 4})
+    host = PoolGroup.build({FULL: SMALL}, [draft], order=PAGE_FIRST, pages={FULL: 4})
     for seed, pool in enumerate([*device[FULL], *host[FULL]]):
         pool.logical.copy_(pool_of(pool.layout, pool.order, 4, seed).logical)
     engine = start()

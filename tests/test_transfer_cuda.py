@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tiertree.config import KVLayout, MemoryOrder
+from tiertree.config import KVLayout, Layout, MemoryOrder, StateLayout
 from tiertree.pools.paged import Pool
 from tiertree.transfer import cuda
 from tiertree.transfer.cuda import CudaEngine
@@ -22,18 +22,19 @@ pytestmark = pytest.mark.skipif(
 
 LAYER_FIRST, PAGE_FIRST, DIRECT = MemoryOrder
 LONG_S = 30.0
-LAYOUTS = {
+LAYOUTS: dict[str, Layout] = {
     "mha-bf16": KVLayout(layers=3, kv_heads=2, head_size=4, dtype="bfloat16", page_size=4),
     "mla-f8-odd": KVLayout(
         layers=2, kv_heads=1, head_size=3, dtype="float8_e5m2", attention="mla", page_size=2
     ),
     "compressed": KVLayout(layers=2, kv_heads=2, head_size=8, dtype="int8", page_size=8, tokens_per_entry=4),
     "large-pages": KVLayout(layers=4, kv_heads=8, head_size=128, dtype="bfloat16", page_size=32),
+    "state": StateLayout(layers=3, elements=9, dtype="float32"),
 }
 SMALL = LAYOUTS["mha-bf16"]
 
 
-def pool_of(layout: KVLayout, order: MemoryOrder, pages: int, seed: int, device: str = "cpu") -> Pool:
+def pool_of(layout: Layout, order: MemoryOrder, pages: int, seed: int, device: str = "cpu") -> Pool:
     """A pool of random bytes, pinned if on the host."""
     pool = Pool(layout, order, pages, device, pinned=True)
     values = np.random.default_rng(seed).integers(0, 256, pool.nbytes, np.uint8)
@@ -71,7 +72,7 @@ def finish(engine: CudaEngine) -> list[Transferred]:
 @pytest.mark.parametrize("device_order", MemoryOrder)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_pages_come_back_bit_equal_through_any_two_orders(
-    layout: KVLayout,
+    layout: Layout,
     device_order: MemoryOrder,
     host_order: MemoryOrder,
     dma_bytes: int,

@@ -88,7 +88,7 @@ def test_a_stop_rule_counts_while_a_parcel_waits_for_its_parent(rule: StopRule) 
 class Raising(KeyStorage):
     """Raises where the protocol does not foresee it."""
 
-    def holds(self, keys: Sequence[bytes]) -> int:
+    def holds(self, keys: Sequence[bytes]) -> list[bool]:
         raise RuntimeError("no")
 
     def put(self, keys: Sequence[bytes], pages: Sequence[Buffer]) -> PutResult:
@@ -206,7 +206,7 @@ class Stuck(KeyStorage):
 
 def test_a_dead_disk_holds_up_neither_clear_nor_close(monkeypatch: pytest.MonkeyPatch) -> None:
     stuck = Stuck(10)
-    monkeypatch.setattr("tiertree.cache.open_storage", lambda config: stuck)
+    monkeypatch.setattr("tiertree.lifecycle.open_storage", lambda config: stuck)
     cache = PrefixCache(CacheConfig(device=DeviceConfig(size=4), host=HostConfig(size=4))).open()
     with pytest.raises(StorageError, match="not cleared within"):
         cache.clear_storage(deadline_s=0.05)

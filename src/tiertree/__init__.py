@@ -1,27 +1,33 @@
 """tiertree: a hierarchical prefix KV cache for LLM inference. One radix tree over three tiers of memory."""
 
 from .cache import PrefixCache
+from .components import Component, Mamba, SlidingWindow, register_kind
 from .config import (
     CacheConfig,
     DeviceConfig,
     HostConfig,
+    KindConfig,
     KVLayout,
     LoadBackConfig,
     MemoryOrder,
     PrefetchConfig,
     SidecarConfig,
+    StateLayout,
     StorageConfig,
 )
 from .driver import Evicted
 from .events import AllBlocksCleared, BlockRemoved, BlockStored, EventsLost
-from .metrics import Stats, TierStats
-from .tree.fetch import Prefetch
+from .metrics import KindStats, Stats, TierStats
 from .tree.insert import Inserted
 from .tree.key import Key
 from .tree.lease import Lease, Match
 from .tree.load import LoadBack, Progress
+from .tree.prefetch import Prefetch
+from .tree.window import Window
 from .types import (
     FULL,
+    MAMBA,
+    SWA,
     CacheClosed,
     ConfigError,
     ForeignObject,
@@ -30,6 +36,7 @@ from .types import (
     InvalidSlots,
     InvalidTokens,
     InvariantViolated,
+    Kind,
     LeaseReleased,
     NoRoom,
     Refused,
@@ -46,11 +53,14 @@ from .types import (
 
 __all__ = [
     "FULL",
+    "MAMBA",
+    "SWA",
     "AllBlocksCleared",
     "BlockRemoved",
     "BlockStored",
     "CacheClosed",
     "CacheConfig",
+    "Component",
     "ConfigError",
     "DeviceConfig",
     "Evicted",
@@ -65,10 +75,14 @@ __all__ = [
     "InvariantViolated",
     "KVLayout",
     "Key",
+    "Kind",
+    "KindConfig",
+    "KindStats",
     "Lease",
     "LeaseReleased",
     "LoadBack",
     "LoadBackConfig",
+    "Mamba",
     "Match",
     "MemoryOrder",
     "NoRoom",
@@ -78,7 +92,9 @@ __all__ = [
     "Progress",
     "Refused",
     "SidecarConfig",
+    "SlidingWindow",
     "StaleMatch",
+    "StateLayout",
     "Stats",
     "StopRule",
     "StorageConfig",
@@ -88,6 +104,8 @@ __all__ = [
     "TierStats",
     "TiertreeError",
     "TraceError",
+    "Window",
     "WritePolicy",
     "WrongThread",
+    "register_kind",
 ]

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import torch
 
-from .components.full import FullComponent
 from .config import CacheConfig
 from .executor import Executor, MetadataExecutor, PoolExecutor
 from .policy.eviction import make_policy
@@ -18,11 +17,13 @@ from .storage.disk import DiskStorage
 from .transfer.cpu import CpuEngine
 from .transfer.cuda import CudaEngine
 from .transfer.engine import TransferEngine
-from .tree.core import Core, Rules
+from .tree.core import Core
 from .tree.journal import Journal
 from .tree.key import KeyMaker
 from .tree.ledger import Ledger
-from .types import FULL, ConfigError
+from .tree.partial import Partial
+from .tree.rules import Rules
+from .types import ConfigError, Tier
 
 
 def fingerprint(config: CacheConfig, revision: str) -> bytes:
@@ -44,14 +45,20 @@ def make_core(config: CacheConfig) -> Core:
         op_deadline_seconds=config.op_deadline_seconds,
         operations_max=config.max_operations,
     )
+    policy = make_policy(config.eviction)
+    device, host = config.kind_pages(Tier.DEVICE), config.kind_pages(Tier.HOST)
+    partials = tuple(
+        Partial(index, each.rules, size, (Ledger(device[each.kind]), Ledger(host.get(each.kind, 0))), policy)
+        for index, each in enumerate(config.kinds)
+    )
     return Core(
         KeyMaker(size, config.unit_bits, config.bigram),
         ledgers,
-        FullComponent(ledgers),
-        make_policy(config.eviction),
+        policy,
         rules,
         fingerprint(config, config.revision),
         Journal(config.events_max) if config.events else None,
+        partials,
     )
 
 
@@ -63,18 +70,21 @@ def make_pools(config: CacheConfig) -> tuple[PoolGroup | None, PoolGroup | None]
         torch.device(config.device.torch_device)
     except RuntimeError as error:
         raise ConfigError(f"device.torch_device: {config.device.torch_device!r}: {error}") from None
-    layouts = {FULL: config.layout}
     device = PoolGroup.build(
-        layouts,
+        config.layouts,
         config.sidecars,
         order=config.device.order,
-        pages=config.device_pages,
+        pages=config.kind_pages(Tier.DEVICE),
         device=config.device.torch_device,
     )
     if config.host is None:
         return device, None
     host = PoolGroup.build(
-        layouts, config.sidecars, order=config.host.order, pages=config.host_pages, pinned=True
+        config.layouts,
+        config.sidecars,
+        order=config.host.order,
+        pages=config.kind_pages(Tier.HOST),
+        pinned=True,
     )
     return device, host
 

@@ -9,44 +9,35 @@ child process must open a cache of its own. Lengths are pages unless a name says
 
 from __future__ import annotations
 
-import os
-import threading
-import time
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Mapping
 
-from .build import fingerprint, make_core, make_executor, make_pools, open_storage
-from .config import CacheConfig
-from .driver import Driver, Evicted, within
+from .build import fingerprint
+from .driver import Evicted
 from .events import Event
-from .executor import Executor
-from .guard import Guard, count
+from .guard import count
+from .lifecycle import Lifecycle
 from .metrics import Stats, snapshot
 from .policy.prefetch import patience_seconds
-from .pools.group import PoolGroup
-from .storage.base import Storage
 from .tree.check import audit
-from .tree.fetch import Prefetch, Stage
+from .tree.core import NOTHING
 from .tree.insert import Inserted
 from .tree.key import Key, Tokens
 from .tree.lease import Lease, Match
 from .tree.load import LoadBack, Progress
+from .tree.prefetch import Prefetch, Stage
 from .tree.radix import DEVICE, HOST
 from .types import (
-    CacheClosed,
-    ConfigError,
-    ForkedCache,
+    FULL,
     InvalidSlots,
+    Kind,
     NoRoom,
     Refused,
     Slots,
-    StorageError,
     Tier,
-    WrongThread,
 )
 
 
-class PrefixCache:
+class PrefixCache(Lifecycle):
     """A hierarchical prefix cache. Open it with `with`, or by `open` and `close`.
 
     `executor` and `clock` (seconds, never going back) are for simulators and tests; without them the
@@ -57,97 +48,7 @@ class PrefixCache:
     it then changes nothing.
     """
 
-    def __init__(
-        self,
-        config: CacheConfig,
-        *,
-        executor: Executor | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.config = config
-        self.revision = config.revision
-        self.device_pools: PoolGroup | None = None
-        self.host_pools: PoolGroup | None = None
-        self._clock = clock
-        self._given_executor = executor
-        self._thread = 0
-        self._pid = 0
-        self._storage: Storage | None = None
-        self._owns_storage = False
-        self._core = make_core(config)
-        self._guard = Guard(self._core.radix.keys)
-        self._driver: Driver | None = None
-
-    # -- opening and closing ----------------------------------------------------------------------
-
-    def open(self) -> Self:
-        """Take the memory, open the disk tier, start the workers. A cache is opened once. Raises
-        CacheClosed, StorageLocked, StorageError."""
-        if self._pid:
-            raise CacheClosed("this cache has been opened before; make a new one")
-        self._pid, self._thread = os.getpid(), threading.get_ident()
-        executor = self._given_executor
-        if executor is None:
-            self.device_pools, self.host_pools = make_pools(self.config)
-        storage = open_storage(self.config)
-        try:
-            if executor is None:
-                executor = make_executor(self.config, self.device_pools, self.host_pools)
-        except BaseException:
-            if storage is not None:
-                storage.close()
-            raise
-        self._driver = Driver(self._core, executor, self._clock)
-        if storage is not None:
-            self._attach(storage, owned=True)
-        return self
-
-    def close(self, deadline_s: float = 10.0) -> tuple[int, ...]:
-        """Finish what is in flight, for at most `deadline_s` seconds, then stop. Returns the numbers of
-        the operations that were abandoned. The second close does nothing."""
-        if self._pid and self._driver is None:
-            return ()
-        driver = self._enter()
-        end = self._clock() + deadline_s
-        driver.drain(deadline_s)
-        abandoned = set(self._core.operations.in_flight)
-        self._core.attach_storage(False)
-        abandoned.update(driver.executor.close(max(0.1, end - self._clock())))
-        if self._owns_storage and self._storage is not None:
-            within(max(0.1, end - self._clock()), self._storage.close)
-        self._driver = self.device_pools = self.host_pools = None
-        return tuple(sorted(abandoned))
-
-    def __enter__(self) -> Self:
-        return self.open()
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def _enter(self) -> Driver:
-        """Whether this call may be made at all."""
-        driver = self._driver
-        if driver is None:
-            raise CacheClosed("this cache is not open" if not self._pid else "this cache is closed")
-        if os.getpid() != self._pid:
-            raise ForkedCache("a cache cannot be used after fork: open one in the child")
-        if threading.get_ident() != self._thread:
-            raise WrongThread("a cache belongs to the thread that opened it")
-        return driver
-
-    def wake(self) -> None:
-        """Wake the owner out of a wait. May be called from any thread."""
-        if (driver := self._driver) is not None:
-            driver.executor.ring()
-
-    def fileno(self) -> int:
-        """A descriptor that is readable when `poll` may have something to do, for select or asyncio's
-        `add_reader`; −1 where nothing ever is under way (metadata only). From any thread."""
-        if (driver := self._driver) is None:
-            raise CacheClosed("this cache is not open")
-        return driver.executor.fileno()
-
-    # -- keys and lookups -------------------------------------------------------------------------
+    # -- keys and lookups --------------------------------------------------------------------------
 
     def key(self, tokens: Tokens, namespace: str = "") -> Key:
         """The key of `tokens` (any flat integer sequence or array); only whole pages are part of it.
@@ -186,62 +87,101 @@ class PrefixCache:
         self._enter()
         self._core.release(lease)
 
-    # -- a request's pages ------------------------------------------------------------------------
+    def release_window(self, lease: Lease, kind: Kind) -> None:
+        """Give the part of `lease` that is of a partial kind back early: a decoding request has moved past
+        its window, and does not load back any more. Exactly once until the lease moves again: raises
+        LeaseReleased the second time, and ForeignObject for a kind that the cache does not have."""
+        self._enter()
+        self._guard.lease(lease)
+        self._core.release_window(lease, kind)
+
+    # -- a request's pages -------------------------------------------------------------------------
 
     def allocate(
-        self, pages: int, lease: Lease | None = None, deadline_s: float | None = None
+        self, pages: int, lease: Lease | None = None, deadline_s: float | None = None, kind: Kind = FULL
     ) -> Slots | NoRoom:
-        """`pages` device slots for a request to compute into; evicts, and waits for pages being copied
-        away, for at most `deadline_s` seconds (default: op_deadline_seconds). With a lease they go back
-        when it is released, unless inserted before. NoRoom when they cannot be had: nothing is taken."""
+        """`pages` device slots of `kind` for a request to compute into; evicts, and waits for pages being
+        copied away, for at most `deadline_s` seconds (default: op_deadline_seconds). With a lease they go
+        back when it is released, unless inserted before. NoRoom when they cannot be had: nothing is
+        taken."""
         driver = self._enter()
         if lease is not None:
             self._guard.lease(lease)
         pages = count("pages", pages)
-        ledger, pending = self._core.radix.ledgers[DEVICE], 0
-        if ledger.free < pages <= ledger.free + self._core.within_reach(DEVICE):
-            pending = driver.make_room(DEVICE, pages, deadline_s).pending
-        slots = self._core.take(pages, lease)
+        core, pending = self._core, 0
+        ledger = core.ledger(kind, DEVICE)
+        if ledger.free < pages <= ledger.free + core.within_reach(DEVICE, kind):
+            pending = driver.make_room(DEVICE, pages, deadline_s, kind).pending
+        slots = core.take(pages, lease, kind)
         if slots is not None:
             return slots
-        return NoRoom(pages, ledger.free, self._core.reclaimable(DEVICE), pending)
+        return NoRoom(pages, ledger.free, core.reclaimable(DEVICE, kind), pending)
 
-    def free(self, slots: Slots, lease: Lease | None = None) -> None:
-        """Give back slots that were allocated for `lease` (None: for none) and not inserted. Raises
-        InvalidSlots."""
+    def copy_on_write(self, lease: Lease, kind: Kind, deadline_s: float | None = None) -> Slots | NoRoom:
+        """Slots of the request's own that hold a copy of `lease.window(kind)`: what it writes to when it
+        goes on from a cached state. Copied on device, in order with the caller's own work there. NoRoom as
+        `allocate`; raises LeaseReleased, and InvalidSlots when a page of the window is not there."""
+        self._enter()
+        self._guard.lease(lease)
+        source = lease.window(kind).slots
+        if len(source) and source.min() < 0:
+            raise InvalidSlots(f"the window of {kind!r} is not whole: nothing to copy")
+        target = self.allocate(len(source), lease, deadline_s, kind)
+        if not isinstance(target, NoRoom):
+            self._enter().executor.clone(kind, source, target)
+        return target
+
+    def free(self, slots: Slots, lease: Lease | None = None, kind: Kind = FULL) -> None:
+        """Give back slots of `kind` that were allocated for `lease` (None: for none) and not inserted.
+        Raises InvalidSlots."""
         self._enter()
         if lease is not None:
             self._guard.lease(lease)
-        self._core.give_back(slots, lease)
+        self._core.give_back(slots, lease, kind)
 
-    def insert(self, key: Key, slots: Slots, lease: Lease | None = None) -> Inserted | Refused:
+    def insert(
+        self,
+        key: Key,
+        slots: Slots,
+        lease: Lease | None = None,
+        partial: Mapping[Kind, Slots] = NOTHING,
+    ) -> Inserted | Refused:
         """Pages that a request has computed become part of the cache.
 
         With a lease (a request that goes on: chunked prefill, decode): `key` extends the lease's prefix,
         `slots` are for its pages from `lease.device_boundary` on, and the lease grows to the whole key;
         `lease.slots` are then the slots to use. Without: `slots` are for all pages of `key`. Slots of
-        pages that the cache had already are freed. Refused, nothing changed and the slots still the
-        request's, if the leased prefix was cleared. Raises InvalidSlots, and ForeignObject for a key that
-        does not extend the lease's. O(pages + nodes)."""
+        pages that the cache had already are freed.
+
+        `partial` has as many entries for each partial kind, −1 for pages of which the request has none
+        (let go already, or no state was saved there). They fill what is missing; others are freed, and so
+        is what is off the kind's grid.
+
+        Refused, nothing changed and the slots still the request's, if the leased prefix was cleared.
+        Raises InvalidSlots, and ForeignObject for a key that does not extend the lease's or an unknown
+        kind. O(pages + nodes)."""
         driver = self._enter()
         self._guard.key(key)
         if lease is not None:
             self._guard.lease(lease)
-        done = self._core.insert(key, slots, lease, self._clock())
+        done = self._core.insert(key, slots, lease, self._clock(), partial)
         if self._core.operations.outbox:
             driver.submit()
         return done
 
     def load_back(self, lease: Lease, deadline_s: float | None = None) -> LoadBack | Refused:
-        """Start copying the leased host pages to device: the deepest boundary that fits the quota and
-        the room, all of it or nothing. Makes room for at most `deadline_s` seconds. When its `state` is
-        DONE, after some `poll`, the lease's device boundary has moved."""
+        """Start copying to device what the lease's memory boundary lacks there: of FULL every page, of
+        each partial kind what continuing at the boundary needs. The deepest boundary that fits the quota
+        and the room, all of it or nothing. Makes room for at most `deadline_s` seconds. When its `state`
+        is DONE, after some `poll`, the lease's device boundary has moved."""
         driver = self._enter()
         self._guard.lease(lease)
-        wanted = self._core.loads.plan(lease)
-        if isinstance(wanted, Refused):
-            return wanted
-        driver.make_room(DEVICE, wanted, deadline_s)
+        plan = self._core.loads.plan(lease)
+        if isinstance(plan, Refused):
+            return plan
+        driver.make_room(DEVICE, plan.boundary - plan.missing, deadline_s)
+        for kind, pages in plan.cargo:
+            driver.make_room(DEVICE, len(pages), deadline_s, kind.kind)
         load = self._core.load_back(lease, self._clock())
         driver.submit()
         return load
@@ -257,7 +197,7 @@ class PrefixCache:
         arrived = {op for op in load_back.waiting if self._core.has_arrived(op)}
         return min((executor.layers_done(op) for op in load_back.waiting - arrived), default=layers)
 
-    # -- storage ----------------------------------------------------------------------------------
+    # -- storage -----------------------------------------------------------------------------------
 
     def prefetch(self, key: Key) -> Prefetch | Refused:
         """Start reading what memory lacks of `key` from storage into host. O(pages)."""
@@ -285,60 +225,21 @@ class PrefixCache:
             driver.submit()
         return prefetch.landed if prefetch.stage is Stage.SETTLED else None
 
-    def attach_storage(self, storage: Storage) -> None:
-        """Persist to and prefetch from `storage` from now on; it stays the caller's to close. Raises
-        ConfigError when one is attached already, or there is no host tier."""
-        self._enter()
-        if self._storage is not None:
-            raise ConfigError("storage: one is attached already; detach it first")
-        if self.config.host is None:
-            raise ConfigError("storage: pages reach storage through host; allowed: only with a host")
-        self._attach(storage, owned=False)
+    # -- room --------------------------------------------------------------------------------------
 
-    def _attach(self, storage: Storage, owned: bool) -> None:
-        assert self._driver is not None
-        self._storage, self._owns_storage = storage, owned
-        self._driver.executor.attach(storage)
-        self._core.attach_storage(True)
-
-    def detach_storage(self, deadline_s: float = 10.0) -> None:
-        """Stop using the storage, after finishing what is in flight for at most `deadline_s` seconds. One
-        that the cache had opened itself is closed. Does nothing when none is attached."""
-        driver = self._enter()
-        self._core.attach_storage(False)
-        driver.drain(deadline_s)
-        storage, self._storage = self._storage, None
-        driver.executor.attach(None)
-        if storage is not None:
-            self._core.storage_cleared()
-            if self._owns_storage:
-                within(deadline_s, storage.close)
-
-    def clear_storage(self, deadline_s: float = 10.0) -> None:
-        """Forget every page that storage holds. Raises StorageError when none is attached, or when the
-        backend has not done it within `deadline_s` seconds (it may still do it later)."""
-        driver = self._enter()
-        if self._storage is None:
-            raise StorageError("no storage is attached")
-        driver.poll()
-        done = within(deadline_s, self._storage.clear)
-        self._core.storage_cleared()
-        if not done:
-            raise StorageError(f"storage was not cleared within {deadline_s} s")
-
-    # -- room -------------------------------------------------------------------------------------
-
-    def evict(self, pages: int, tier: Tier = DEVICE, deadline_s: float | None = None) -> Evicted:
-        """Free `pages` slots of `tier` beyond those that are free; counts only what is free already.
+    def evict(
+        self, pages: int, tier: Tier = DEVICE, deadline_s: float | None = None, kind: Kind = FULL
+    ) -> Evicted:
+        """Free `pages` slots of `kind` on `tier` beyond those that are free; counts what is free by then.
         Under write_back it waits for the copies to host, for at most `deadline_s` seconds."""
         driver = self._enter()
         pages = count("pages", pages)
         if tier not in (DEVICE, HOST):
             raise InvalidSlots("only DEVICE and HOST can be evicted from")
-        ledger = self._core.radix.ledgers[tier]
-        return driver.make_room(tier, min(ledger.free + pages, ledger.capacity), deadline_s)
+        ledger = self._core.ledger(kind, tier)
+        return driver.make_room(tier, min(ledger.free + pages, ledger.capacity), deadline_s, kind)
 
-    # -- progress ---------------------------------------------------------------------------------
+    # -- progress ----------------------------------------------------------------------------------
 
     def poll(self) -> int:
         """Let finished work take effect. Never waits. Returns how many completions there were."""
@@ -364,7 +265,7 @@ class PrefixCache:
             self._core.fetches.forget(what, self._clock())
         driver.submit()
 
-    # -- everything -------------------------------------------------------------------------------
+    # -- everything --------------------------------------------------------------------------------
 
     def clear(self, namespace: str | None = None) -> None:
         """Forget every page of `namespace` (None: of all) in device and host memory; storage keeps its

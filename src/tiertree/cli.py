@@ -35,6 +35,19 @@ if TYPE_CHECKING:
 
 DEMO_REQUESTS = 2000
 PAGE_BYTES = 4096
+KIND_OPTIONS = (
+    ("swa_window", "TOKENS", "the model has sliding-window layers that look back so far"),
+    ("swa_device_pages", "N", "their pages on device (default: unbounded, one for each of --device-pages)"),
+    ("swa_host_pages", "N", "their pages on host (default: unbounded, one for each page in memory)"),
+    ("swa_checkpoint", "TOKENS", "save a window at every multiple too (default: where prompts end or part)"),
+    ("swa_page_bytes", "N", "--bytes real: bytes of one of their pages (default: as --page-bytes)"),
+    ("mamba_every", "TOKENS", "the model has recurrent layers; save a state at every multiple"),
+    ("mamba_device_states", "N", "states on device (default: unbounded, one for each of --device-pages)"),
+    ("mamba_host_states", "N", "states on host (default: unbounded, one for each page in memory)"),
+    ("mamba_per_path", "N", "states that one path may have on device (default: any number)"),
+    ("mamba_state_bytes", "N", "--bytes real: bytes of a state (default: as --page-bytes)"),
+)
+"""Options of `ReplayOptions` about kinds beside FULL."""
 INTERRUPTED, UNREAD, TERMINATED = (128 + each for each in (signal.SIGINT, signal.SIGPIPE, signal.SIGTERM))
 
 
@@ -149,6 +162,7 @@ def _add_replay(commands: Any) -> None:
     number("--limit", "N", None, "only the first N requests")
     parser.add_argument("--json", metavar="FILE", help="write everything that was found as one JSON object")
     _add_tiers(parser)
+    _add_kinds(parser)
     _add_policies(parser)
     pages = parser.add_argument_group("pages")
     number = _numbers(pages)
@@ -183,6 +197,13 @@ def _add_tiers(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="directory of the disk tier, new or empty, and kept (default: a temporary one)",
     )
+
+
+def _add_kinds(parser: Any) -> None:
+    kinds = parser.add_argument_group("layers of other kinds, with slots of their own")
+    number = _numbers(kinds)
+    for name, metavar, text in KIND_OPTIONS:
+        number(f"--{name.replace('_', '-')}", metavar, None, text)
 
 
 def _add_policies(parser: argparse.ArgumentParser) -> None:
@@ -283,6 +304,7 @@ def _options(arguments: argparse.Namespace) -> ReplayOptions:
         corrupt=arguments.corrupt,
         disk_dir=arguments.disk_dir,
         seed=arguments.seed,
+        **{name: getattr(arguments, name) for name, _, _ in KIND_OPTIONS},
     )
 
 
@@ -309,10 +331,13 @@ def _write_json(path: str, report: Report) -> None:
 def _say(report: Report, options: ReplayOptions) -> None:
     from rich.console import Console
 
-    from .replay.show import results, sentences
+    from .replay.show import kinds, results, sentences
 
     table = StringIO()  # a console on stdout would exit by itself, with another status, if nobody reads it
-    Console(file=table, width=Console().width).print(results(report))
+    paper = Console(file=table, width=Console().width)
+    for each in (results(report), kinds(report)):
+        if each is not None:
+            paper.print(each)
     for line in (*table.getvalue().splitlines(), *sentences(report, options.real_bytes)):
         print(line.rstrip())
 

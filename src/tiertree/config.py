@@ -1,6 +1,7 @@
 """The one configuration of a cache: frozen, validated once, readable from TOML.
 
     CacheConfig ─┬─ layout: KVLayout          what the bytes of one page are (None: metadata only)
+                 ├─ kinds: KindConfig…        kinds of attention state beside FULL
                  ├─ sidecars: SidecarConfig…  pools that ride on another kind's slots
                  ├─ device: DeviceConfig      L1, always there
                  ├─ host: HostConfig | None   L2
@@ -21,18 +22,34 @@ from enum import StrEnum
 from os import PathLike, fspath
 from typing import Any, Final, Self
 
+from .kindconfig import KindConfig, check_kinds, check_sidecars, kinds_reader
 from .kvlayout import (
-    BYTES_ALLOWED,
     Attention,
     KVLayout,
+    Layout,
     MemoryOrder,
     SidecarConfig,
+    StateLayout,
+    a_size,
+    layout_reader,
     pages_of,
     parse_bytes,
     slot_bytes,
 )
-from .types import ConfigError, StopRule, WritePolicy
-from .validate import a_text, an_instance, an_integer, as_enum, from_table, one_of, refused, seconds
+from .types import FULL, ConfigError, Kind, StopRule, Tier, WritePolicy
+from .validate import (
+    Reader,
+    a_text,
+    an_instance,
+    an_integer,
+    as_enum,
+    from_table,
+    list_of,
+    one_of,
+    refused,
+    seconds,
+    table,
+)
 
 __all__ = [
     "Attention",
@@ -41,10 +58,13 @@ __all__ = [
     "Durability",
     "HostConfig",
     "KVLayout",
+    "KindConfig",
+    "Layout",
     "LoadBackConfig",
     "MemoryOrder",
     "PrefetchConfig",
     "SidecarConfig",
+    "StateLayout",
     "StorageConfig",
     "TierConfig",
     "pages_of",
@@ -65,15 +85,13 @@ class TierConfig:
     """One in-memory tier."""
 
     size: int | str
-    """Capacity: pages (int), or bytes of all its pools together as text ("40GiB"), rounded down to pages."""
+    """Capacity of FULL: pages (int), or bytes of all its pools together as text ("40GiB"), rounded down to
+    pages. Other kinds have capacities of their own."""
     order: MemoryOrder = MemoryOrder.PAGE_FIRST_DIRECT
     """Memory order of its pools."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.size, str):
-            parse_bytes(self.size)
-        else:
-            an_integer(self, "size", 1, f"pages as an int of at least 1, or bytes: {BYTES_ALLOWED}")
+        a_size(self, "size")
         as_enum(self, "order", MemoryOrder)
 
 
@@ -184,8 +202,10 @@ class CacheConfig:
     """Make each unit of two neighbouring tokens (EAGLE); needs `unit_bits` 64."""
     layout: KVLayout | None = None
     """What the pages of kind FULL are; None: metadata only, no bytes anywhere."""
+    kinds: tuple[KindConfig, ...] = ()
+    """The kinds of attention state that the model has beside FULL."""
     sidecars: tuple[SidecarConfig, ...] = ()
-    """Further pools on the same slots; need `layout`."""
+    """Further pools on the slots of a kind; need `layout`."""
     write_policy: WritePolicy = WritePolicy.WRITE_THROUGH
     """When a page is backed up to host."""
     selective_hits: int = 1
@@ -229,29 +249,54 @@ class CacheConfig:
         a_text(self, "eviction", 1)
         seconds(self, "op_deadline_seconds", above_zero=True)
         as_enum(self, "write_policy", WritePolicy)
-        _tables(self)
+        _nested(self)
         _consistent(self)
 
     @property
-    def slot_bytes(self) -> int:
-        """Bytes of one page with all its sidecars; 0 for metadata only."""
-        return 0 if self.layout is None else slot_bytes(self.layout, self.sidecars)
+    def layouts(self) -> dict[Kind, Layout]:
+        """What the pages of each kind are, FULL first; empty for metadata only."""
+        found = {FULL: self.layout, **{each.kind: each.layout for each in self.kinds}}
+        return {kind: layout for kind, layout in found.items() if layout is not None}
+
+    @property
+    def slot_bytes(self) -> dict[Kind, int]:
+        """Bytes of one slot of each kind with all its sidecars, FULL first; empty for metadata only."""
+        return {kind: slot_bytes(layout, self._riding(kind)) for kind, layout in self.layouts.items()}
 
     @property
     def device_pages(self) -> int:
-        """Capacity of the device tier in pages."""
-        return pages_of(self.device.size, self.layout, self.sidecars, "device.size")
+        """Capacity of the device tier in pages of FULL."""
+        return self.kind_pages(Tier.DEVICE)[FULL]
 
     @property
     def host_pages(self) -> int:
-        """Capacity of the host tier in pages; 0 when there is none."""
-        return pages_of(self.host.size, self.layout, self.sidecars, "host.size") if self.host else 0
+        """Capacity of the host tier in pages of FULL; 0 when there is none."""
+        return self.kind_pages(Tier.HOST)[FULL]
+
+    def kind_pages(self, tier: Tier) -> dict[Kind, int]:
+        """Capacity of an in-memory tier in pages of each kind, FULL first, then in the order of `kinds`; 0
+        of each where there is no such tier."""
+        name = {Tier.DEVICE: "device", Tier.HOST: "host"}[tier]
+        own: TierConfig | None = getattr(self, name)
+        sizes: dict[Kind, tuple[str, int | str | None, Layout | None]] = {
+            FULL: (f"{name}.size", own.size if own else None, self.layout)
+        }
+        for index, each in enumerate(self.kinds):
+            sizes[each.kind] = (f"kinds[{index}].{name}", getattr(each, name), each.layout)
+        return {
+            kind: 0 if size is None else pages_of(size, layout, self._riding(kind), where)
+            for kind, (where, size, layout) in sizes.items()
+        }
+
+    def _riding(self, kind: Kind) -> list[SidecarConfig]:
+        return [each for each in self.sidecars if each.kind == kind]
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
         """A configuration from nested tables, as TOML or JSON give them. `page_size` of a layout may be left
         out: it is the cache's. Unknown keys are refused with a suggestion and the list of those allowed."""
-        return from_table(cls, _with_page_size(values), _TABLES)
+        page_size = values.get("page_size") if isinstance(values, Mapping) else None
+        return from_table(cls, values, _readers(page_size))
 
     @classmethod
     def from_toml(cls, path: str | PathLike[str]) -> Self:
@@ -267,9 +312,8 @@ class CacheConfig:
             raise ConfigError(f"{fspath(path)}: {error}") from None
 
 
-_TABLES: Final[dict[str, type[Any] | tuple[type[Any]]]] = {
+_PARTS: Final[dict[str, type]] = {
     "layout": KVLayout,
-    "sidecars": (SidecarConfig,),
     "device": DeviceConfig,
     "host": HostConfig,
     "storage": StorageConfig,
@@ -277,39 +321,29 @@ _TABLES: Final[dict[str, type[Any] | tuple[type[Any]]]] = {
     "load_back": LoadBackConfig,
 }
 _OPTIONAL: Final = ("layout", "host", "storage")
+_LISTS: Final[dict[str, type]] = {"kinds": KindConfig, "sidecars": SidecarConfig}
 
 
-def _with_page_size(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`values`, its layouts with the cache's page size where they name none."""
-    if not isinstance(values, Mapping) or "page_size" not in values:
-        return values
-
-    def filled(table: Any) -> Any:
-        return {"page_size": values["page_size"], **table} if isinstance(table, Mapping) else table
-
-    def sidecar(table: Any) -> Any:
-        return {**table, "layout": filled(table["layout"])} if "layout" in table else table
-
-    result = dict(values)
-    if "layout" in values:
-        result["layout"] = filled(values["layout"])
-    if isinstance(values.get("sidecars"), list | tuple):
-        result["sidecars"] = [
-            sidecar(each) if isinstance(each, Mapping) else each for each in values["sidecars"]
-        ]
-    return result
+def _readers(page_size: object) -> dict[str, Reader]:
+    """How each nested part is read; layouts that name no page size get this one."""
+    layout = layout_reader(page_size)
+    parts = {name: table(part) for name, part in _PARTS.items()}
+    lists = {"kinds": kinds_reader(page_size), "sidecars": list_of(table(SidecarConfig, {"layout": layout}))}
+    return {**parts, "layout": layout, **lists}
 
 
-def _tables(config: CacheConfig) -> None:
+def _nested(config: CacheConfig) -> None:
     """Refuse nested parts of the wrong type."""
-    if not isinstance(config.sidecars, tuple):
-        raise refused("sidecars", config.sidecars, "a tuple of SidecarConfig (in TOML: [[sidecars]])")
-    for index, each in enumerate(config.sidecars):
-        if not isinstance(each, SidecarConfig):
-            raise refused(f"sidecars[{index}]", each, "a SidecarConfig (in TOML: a table)")
-    for name, table in _TABLES.items():
-        if not isinstance(table, tuple) and not (name in _OPTIONAL and getattr(config, name) is None):
-            an_instance(config, name, table)
+    for name, part in _LISTS.items():
+        values = getattr(config, name)
+        if not isinstance(values, tuple):
+            raise refused(name, values, f"a tuple of {part.__name__} (in TOML: [[{name}]])")
+        for index, each in enumerate(values):
+            if not isinstance(each, part):
+                raise refused(f"{name}[{index}]", each, f"a {part.__name__} (in TOML: a table)")
+    for name, part in _PARTS.items():
+        if not (name in _OPTIONAL and getattr(config, name) is None):
+            an_instance(config, name, part)
 
 
 def _consistent(config: CacheConfig) -> None:
@@ -322,10 +356,8 @@ def _consistent(config: CacheConfig) -> None:
             raise ConfigError("storage: pages reach storage through host; allowed: only with a host")
         if config.layout is None:
             raise ConfigError("storage: without a layout there are no bytes; allowed: only with a layout")
-        if config.storage.size_bytes < config.slot_bytes:
-            raise ConfigError(
-                f"storage.size: less than one page; allowed: at least {config.slot_bytes} bytes"
-            )
+        if config.storage.size_bytes < (least := sum(config.slot_bytes.values())):
+            raise ConfigError(f"storage.size: less than a page of each kind; allowed: at least {least} bytes")
     device, host = config.device_pages, config.host_pages
     if config.host is not None and host < device and config.write_policy is not WritePolicy.WRITE_BACK:
         warnings.warn(
@@ -337,18 +369,18 @@ def _consistent(config: CacheConfig) -> None:
 
 
 def _consistent_layouts(config: CacheConfig) -> None:
-    """Refuse layouts of another page size, and sidecars that repeat or ride on nothing."""
-    names = [each.name for each in config.sidecars]
-    if names and config.layout is None:
+    """Refuse kinds, sidecars and layouts that do not fit the cache or one another."""
+    if config.sidecars and config.layout is None:
         raise ConfigError("sidecars: there is no layout whose slots they share; allowed: only with a layout")
-    for index, name in enumerate(names):
-        if name in names[:index]:
-            raise ConfigError(f"sidecars[{index}].name: {name!r} is used twice; allowed: each name once")
-    layouts = {f"sidecars[{index}].layout": each.layout for index, each in enumerate(config.sidecars)}
-    if config.layout is not None:
-        layouts["layout"] = config.layout
+    check_kinds(config.kinds, config.page_size, config.host is not None, config.layout is not None)
+    check_sidecars(config.sidecars, (FULL, *(each.kind for each in config.kinds)))
+    layouts = {"layout": config.layout}
+    for name in _LISTS:
+        layouts |= {
+            f"{name}[{index}].layout": each.layout for index, each in enumerate(getattr(config, name))
+        }
     for where, layout in layouts.items():
-        if layout.page_size != config.page_size:
+        if isinstance(layout, KVLayout) and layout.page_size != config.page_size:
             raise refused(
                 f"{where}.page_size", layout.page_size, f"the cache's page_size, {config.page_size}"
             )

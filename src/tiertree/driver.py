@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from .executor import Executor
 from .tree.core import Core
-from .types import Tier
+from .types import FULL, Kind, Tier
 
 WAIT_SECONDS_MAX = 0.1
 """Longest single sleep, so that deadlines of operations are looked at in between."""
@@ -63,14 +63,14 @@ class Driver:
                 return False
         return True
 
-    def make_room(self, tier: Tier, target: int, deadline_s: float | None) -> Evicted:
-        """Evict until `target` slots of `tier` are free, nothing more can be done, or the deadline (None:
-        that of an operation)."""
-        core, ledger = self._core, self._core.radix.ledgers[tier]
+    def make_room(self, tier: Tier, target: int, deadline_s: float | None, kind: Kind = FULL) -> Evicted:
+        """Evict until `target` slots of `kind` on `tier` are free, nothing more can be done, or the deadline
+        (None: that of an operation)."""
+        core, ledger = self._core, self._core.ledger(kind, tier)
         before, pending = ledger.free, 0
         end = self._clock() + (core.rules.op_deadline_seconds if deadline_s is None else deadline_s)
         while ledger.free < target:
-            freed, pending = core.evict(tier, target - ledger.free, self._clock())
+            freed, pending = core.evict(tier, target - ledger.free, self._clock(), kind)
             self.submit()
             if freed:
                 continue

@@ -22,7 +22,7 @@ from .storage.workers import StorageWorkers, answer
 from .transfer.engine import TransferEngine
 from .transfer.op import Transfer, moves_between
 from .tree.actions import Action, Cancel, Completion, Copy
-from .types import Tier
+from .types import Kind, Slots, Tier
 
 
 class Executor(Protocol):
@@ -46,6 +46,11 @@ class Executor(Protocol):
 
     def fileno(self) -> int:
         """A descriptor that is readable when something may be there to poll; −1 if there is none."""
+        ...
+
+    def clone(self, kind: Kind, source: Slots, target: Slots) -> None:
+        """Copy device slots of `kind`, `source[i]` to `target[i]`, sidecars too: at once, as far as the
+        caller's own later work on the device can tell."""
         ...
 
     def layers_done(self, op: int) -> int:
@@ -176,6 +181,12 @@ class PoolExecutor:
         """See `Executor.fileno`."""
         return self._bell.fileno()
 
+    def clone(self, kind: Kind, source: Slots, target: Slots) -> None:
+        """See `Executor.clone`."""
+        device = self._pools[Tier.DEVICE]
+        assert device is not None
+        device.clone(kind, source, target)
+
     def layers_done(self, op: int) -> int:
         """See `Executor.layers_done`."""
         return self._engine.layers_done(op)
@@ -231,6 +242,9 @@ class MetadataExecutor:
     def fileno(self) -> int:
         """See `Executor.fileno`."""
         return -1
+
+    def clone(self, kind: Kind, source: Slots, target: Slots) -> None:
+        """See `Executor.clone`: there are no bytes."""
 
     def layers_done(self, op: int) -> int:
         """See `Executor.layers_done`: no copy is ever in progress."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from .tree.fetch import Prefetch
 from .tree.key import Key, KeyMaker
 from .tree.lease import Lease, Match
 from .tree.load import LoadBack
+from .tree.prefetch import Prefetch
 from .types import ForeignObject, InvalidSlots, LeaseReleased
 
 

@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal
 from enum import StrEnum
 from typing import Final
 
 from .types import FULL, ConfigError, Kind
-from .validate import LARGEST, an_instance, an_integer, as_enum, one_of
+from .validate import LARGEST, Reader, a_name, an_instance, an_integer, as_enum, from_table, one_of, table
 
 _UNITS: Final = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _SIZE_TEXT: Final = re.compile(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)")
@@ -26,7 +26,7 @@ _ITEM_BYTES: Final = {
     "int8": 1,
     "uint8": 1,
 }
-BYTES_ALLOWED: Final = f'a number and a unit, as in "40GiB" (units: {", ".join(_UNITS)})'
+_BYTES_ALLOWED: Final = f'a number and a unit, as in "40GiB" (units: {", ".join(_UNITS)})'
 
 
 class MemoryOrder(StrEnum):
@@ -60,7 +60,7 @@ def parse_bytes(value: int | str, name: str = "size") -> int:
     else:
         parts = _SIZE_TEXT.fullmatch(value.strip()) if isinstance(value, str) else None
         if parts is None or parts[2] not in _UNITS:
-            raise ConfigError(f"{name}: {value!r} is not a size in bytes; allowed: {BYTES_ALLOWED}")
+            raise ConfigError(f"{name}: {value!r} is not a size in bytes; allowed: {_BYTES_ALLOWED}")
         count = int(Decimal(parts[1]) * _UNITS[parts[2]])
     if not 1 <= count <= LARGEST:
         raise ConfigError(f"{name}: {value!r} is out of range; allowed: 1 to {LARGEST} bytes")
@@ -123,33 +123,110 @@ class KVLayout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StateLayout:
+    """What one recurrent state is: so many elements for each layer, whatever their shape. A slot holds one
+    state, so to a pool it is a page with a single entry of a single plane."""
+
+    layers: int
+    """Layers that the state covers."""
+    elements: int
+    """Elements per layer, on this shard."""
+    dtype: str = "float32"
+    """Element type by its torch name, as for KVLayout."""
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "elements"):
+            an_integer(self, name, 1)
+        one_of(self, "dtype", tuple(_ITEM_BYTES))
+
+    @property
+    def planes(self) -> int:
+        """One tensor per layer."""
+        return 1
+
+    @property
+    def entries(self) -> int:
+        """One state per slot."""
+        return 1
+
+    @property
+    def kv_heads(self) -> int:
+        """All elements are one row."""
+        return 1
+
+    @property
+    def head_size(self) -> int:
+        """`elements`."""
+        return self.elements
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return _ITEM_BYTES[self.dtype]
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one state, all layers."""
+        return self.layers * self.elements * self.itemsize
+
+    def descriptor(self, order: MemoryOrder = MemoryOrder.PAGE_FIRST_DIRECT) -> bytes:
+        """As for KVLayout. A state lies in the same way in every order, so `order` does not count."""
+        return f"state1;layers={self.layers};elements={self.elements};dtype={self.dtype}".encode()
+
+
+Layout = KVLayout | StateLayout
+"""What one slot of a pool holds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SidecarConfig:
-    """A pool that rides on another kind's slots: draft-model KV, a sparse-attention indexer."""
+    """A pool that rides on another kind's slots: draft-model KV, a sparse-attention indexer, the short
+    convolution's state beside a recurrent one."""
 
     name: str
-    """Unique among the sidecars; lower-case letters, digits, '_' and '-', at most 64 characters."""
-    layout: KVLayout
+    """Unique among the sidecars and kinds; lower-case letters, digits, '_' and '-', at most 64 characters."""
+    layout: Layout
     """What one of its pages is; same page_size as the cache."""
     kind: Kind = FULL
     """The kind whose slots it shares."""
 
     def __post_init__(self) -> None:
-        an_instance(self, "layout", KVLayout)
-        one_of(self, "kind", (FULL,))
-        if not isinstance(self.name, str) or not re.fullmatch(r"[a-z0-9_-]{1,64}", self.name):
-            allowed = "1 to 64 lower-case letters, digits, '_' and '-'"
-            raise ConfigError(f"name: {self.name!r} is not allowed; allowed: {allowed}")
-        if self.name == self.kind:
-            raise ConfigError(f"name: {self.name!r} is the name of a kind; allowed: any other name")
+        a_name(self, "name")
+        an_instance(self, "layout", KVLayout, StateLayout)
+        a_name(self, "kind")
 
 
-def slot_bytes(layout: KVLayout, sidecars: Sequence[SidecarConfig] = ()) -> int:
+def layout_reader(page_size: object) -> Reader:
+    """Reads a table as a layout: as a StateLayout if it has `elements`, and otherwise as a KVLayout, which
+    gets `page_size` (None: nothing to get) where it names none."""
+    preset = {} if page_size is None else {"page_size": page_size}
+
+    def read(value: object, where: str) -> object:
+        if isinstance(value, Mapping) and "elements" in value:
+            return from_table(StateLayout, value, where=where)
+        if isinstance(value, StateLayout):
+            return value
+        return table(KVLayout)({**preset, **value} if isinstance(value, Mapping) else value, where)
+
+    return read
+
+
+def a_size(owner: object, name: str) -> None:
+    """Refuse field `name` unless it is a number of pages or, as text, of bytes."""
+    value = getattr(owner, name)
+    if isinstance(value, str):
+        parse_bytes(value, name)
+    else:
+        an_integer(owner, name, 1, f"pages as an int of at least 1, or bytes: {_BYTES_ALLOWED}")
+
+
+def slot_bytes(layout: Layout, sidecars: Sequence[SidecarConfig] = ()) -> int:
     """Bytes that one slot takes: a page of `layout` and one of each sidecar."""
     return layout.page_bytes + sum(sidecar.layout.page_bytes for sidecar in sidecars)
 
 
 def pages_of(
-    size: int | str, layout: KVLayout | None, sidecars: Sequence[SidecarConfig] = (), name: str = "size"
+    size: int | str, layout: Layout | None, sidecars: Sequence[SidecarConfig] = (), name: str = "size"
 ) -> int:
     """Pages in `size`: an int as it is; text is bytes, divided by those of one page with its sidecars and
     rounded down. Raises `ConfigError` starting with `name` without a layout or with less than one page."""

@@ -7,7 +7,8 @@ from typing import Any
 
 from .storage.base import StorageStats
 from .tree.core import Core
-from .tree.ledger import Owner, State
+from .tree.ledger import Ledger, Owner, State
+from .tree.partial import Partial
 from .types import Tier
 
 
@@ -29,12 +30,30 @@ class TierStats:
 
 
 @dataclass(frozen=True, slots=True)
+class KindStats:
+    """One partial kind, in pages; see `KindCounters` for what the counters count."""
+
+    device: TierStats
+    host: TierStats
+    dropped: int
+    backed_up: int
+    backups_dropped: int
+    loaded_back: int
+    persisted: int
+    prefetched: int
+    recovered: int
+    declined: int
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
-    """A snapshot. Counters run since open; the rest is as of now."""
+    """A snapshot. Counters run since open; the rest is as of now. `device`, `host` and the counters are
+    FULL's; `kinds` are the partial kinds by name."""
 
     device: TierStats
     host: TierStats
     storage: StorageStats | None
+    kinds: dict[str, KindStats]
     nodes: int
     namespaces: int
     leases: int
@@ -57,9 +76,7 @@ class Stats:
         return asdict(self)
 
 
-def _tier(core: Core, tier: Tier) -> TierStats:
-    ledger, radix = core.radix.ledgers[tier], core.radix
-    resident, protected = radix.resident[tier], radix.protected[tier]
+def _tier(ledger: Ledger, resident: int, protected: int, evicted: int) -> TierStats:
     lost = ledger.count(State.LOST)
     return TierStats(
         capacity=ledger.capacity,
@@ -71,8 +88,25 @@ def _tier(core: Core, tier: Tier) -> TierStats:
         requests=ledger.count(owner=Owner.REQUEST),
         operations=ledger.count(owner=Owner.OPERATION) - lost,
         lost=lost,
-        evicted=core.counters.evicted[tier],
+        evicted=evicted,
     )
+
+
+def _full(core: Core, tier: Tier) -> TierStats:
+    radix = core.radix
+    return _tier(
+        radix.ledgers[tier], radix.resident[tier], radix.protected[tier], core.counters.evicted[tier]
+    )
+
+
+def _kind(kind: Partial) -> KindStats:
+    counters = asdict(kind.counters)
+    evicted = counters.pop("evicted")
+    device, host = (
+        _tier(kind.ledgers[tier], kind.resident[tier], kind.protected(tier), evicted[tier])
+        for tier in (Tier.DEVICE, Tier.HOST)
+    )
+    return KindStats(device=device, host=host, **counters)
 
 
 def snapshot(core: Core, storage: StorageStats | None) -> Stats:
@@ -80,9 +114,10 @@ def snapshot(core: Core, storage: StorageStats | None) -> Stats:
     counters = asdict(core.counters)
     del counters["evicted"]
     return Stats(
-        device=_tier(core, Tier.DEVICE),
-        host=_tier(core, Tier.HOST),
+        device=_full(core, Tier.DEVICE),
+        host=_full(core, Tier.HOST),
         storage=storage,
+        kinds={str(kind.kind): _kind(kind) for kind in core.radix.partials},
         nodes=core.radix.nodes,
         namespaces=len(core.radix.roots),
         leases=len(core.leases),

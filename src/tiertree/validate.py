@@ -6,24 +6,25 @@ Every check raises `ConfigError` with a message of one form: `field: value is no
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, fields
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from .types import ConfigError
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-    D = TypeVar("D", bound=DataclassInstance)
+T = TypeVar("T")
 
 LARGEST: Final = (1 << 63) - 1
 """The largest integer that any field takes: counts end up in int64 arrays."""
 
-Tables = Mapping[str, "type[DataclassInstance] | tuple[type[DataclassInstance]]"]
-"""Which fields are tables of their own, by name, with the dataclass of each; (dataclass,): a list of them."""
+Reader = Callable[[object, str], object]
+"""Makes the value of a field from what a table has there: `reader(value, path of the field)`. Raises
+ConfigError that starts with that path."""
+
+_NAME: Final = re.compile(r"[a-z0-9_-]{1,64}")
 
 
 def refused(name: str, value: object, allowed: str) -> ConfigError:
@@ -54,12 +55,18 @@ def a_text(owner: object, name: str, shortest: int = 0) -> None:
         raise refused(name, value, "text" if shortest == 0 else "text that is not empty")
 
 
+def a_name(owner: object, name: str) -> None:
+    """Refuse field `name` unless it is 1 to 64 lower-case letters, digits, '_' and '-'."""
+    value = getattr(owner, name)
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        raise refused(name, value, "1 to 64 lower-case letters, digits, '_' and '-'")
+
+
 def one_of(owner: object, name: str, choices: Sequence[object]) -> None:
     """Refuse field `name` unless it is one of `choices`, of the same type too (1 is not True)."""
     value = getattr(owner, name)
     if not any(type(value) is type(choice) and value == choice for choice in choices):
-        near = _suggestion(value, [str(choice) for choice in choices])
-        raise refused(name, value, ", ".join(map(str, choices)) + near)
+        raise refused(name, value, ", ".join(map(str, choices)) + suggestion(value, map(str, choices)))
 
 
 def as_enum(owner: object, name: str, kind: type[StrEnum]) -> None:
@@ -68,63 +75,72 @@ def as_enum(owner: object, name: str, kind: type[StrEnum]) -> None:
     if not isinstance(value, kind):
         choices = [member.value for member in kind]
         if not isinstance(value, str) or value not in choices:
-            raise refused(name, value, ", ".join(choices) + _suggestion(value, choices))
+            raise refused(name, value, ", ".join(choices) + suggestion(value, choices))
         object.__setattr__(owner, name, kind(value))
 
 
-def an_instance(owner: object, name: str, kind: type) -> None:
-    """Refuse field `name` unless it is a `kind`."""
+def an_instance(owner: object, name: str, *kinds: type) -> None:
+    """Refuse field `name` unless it is one of `kinds`."""
     value = getattr(owner, name)
-    if not isinstance(value, kind):
-        raise refused(name, value, f"a {kind.__name__} (in TOML: a table)")
+    if not isinstance(value, kinds):
+        raise refused(name, value, f"a {' or a '.join(kind.__name__ for kind in kinds)} (in TOML: a table)")
 
 
-def from_table(kind: type[D], values: object, tables: Tables, where: str = "") -> D:
-    """A `kind` from a mapping of its fields, those named in `tables` nested.
+def suggestion(value: object, known: Iterable[str]) -> str:
+    """Ask whether the nearest of `known` was meant; nothing when none is near."""
+    near = difflib.get_close_matches(str(value), list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def from_table(
+    make: Callable[..., T], values: object, readers: Mapping[str, Reader] | None = None, where: str = ""
+) -> T:
+    """What `make`, a dataclass or any function, makes of a mapping of its arguments; those named in
+    `readers` are read by these first.
 
     Errors start with the path of the field from the top: `storage.size: …`, `sidecars[1].layout.dtype: …`.
     """
     if not isinstance(values, Mapping):
         raise refused(where or "configuration", values, "a table")
-    known = {each.name: each for each in fields(kind)}
+    parameters = inspect.signature(make).parameters
     arguments: dict[str, Any] = {}
     for key, value in values.items():
-        if key not in known:
-            allowed = ", ".join(known)
-            near = _suggestion(key, list(known))
-            raise ConfigError(f"{_path(where, str(key))}: is not a known key{near}; allowed: {allowed}")
-        arguments[key] = _nested(tables[key], value, tables, _path(where, key)) if key in tables else value
-    missing = [name for name, each in known.items() if name not in arguments and _required(each)]
+        if key not in parameters:
+            near = f"{suggestion(key, parameters)}; allowed: {', '.join(parameters)}"
+            raise ConfigError(f"{_path(where, str(key))}: is not a known key{near}")
+        reader = (readers or {}).get(key)
+        arguments[key] = value if reader is None else reader(value, _path(where, key))
+    empty = inspect.Parameter.empty
+    missing = [each for each in parameters if each not in arguments and parameters[each].default is empty]
     if missing:
         raise ConfigError(f"{_path(where, missing[0])}: is missing; required: {', '.join(missing)}")
     try:
-        return kind(**arguments)
+        return make(**arguments)
     except ConfigError as error:
         raise ConfigError(_path(where, str(error))) from None
 
 
-def _nested(
-    kind: type[DataclassInstance] | tuple[type[DataclassInstance]], value: object, tables: Tables, where: str
-) -> object:
-    """The dataclass of one nested table, or the tuple of them; what is built already stays."""
-    if isinstance(kind, tuple):
+def table(kind: type[Any], readers: Mapping[str, Reader] | None = None) -> Reader:
+    """Reads one table as a dataclass; what is one already stays, and so does None."""
+
+    def read(value: object, where: str) -> object:
+        if value is None or isinstance(value, kind):
+            return value
+        return from_table(kind, value, readers, where)
+
+    return read
+
+
+def list_of(read: Reader) -> Reader:
+    """Reads a list of tables as a tuple."""
+
+    def read_all(value: object, where: str) -> object:
         if not isinstance(value, list | tuple):
             raise refused(where, value, f"a list of tables ([[{where}]])")
-        return tuple(_nested(kind[0], each, tables, f"{where}[{i}]") for i, each in enumerate(value))
-    if value is None or isinstance(value, kind):
-        return value
-    return from_table(kind, value, tables, where)
+        return tuple(read(each, f"{where}[{index}]") for index, each in enumerate(value))
 
-
-def _required(each: Field[Any]) -> bool:
-    return each.default is MISSING and each.default_factory is MISSING
+    return read_all
 
 
 def _path(where: str, rest: str) -> str:
     return f"{where}.{rest}" if where else rest
-
-
-def _suggestion(value: object, known: list[str]) -> str:
-    """Ask whether the nearest of `known` was meant; nothing when none is near."""
-    near = difflib.get_close_matches(str(value), known, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""

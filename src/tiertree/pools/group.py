@@ -2,9 +2,11 @@
 
     kind   main pool          sidecars that ride on its slots
     full   KV of the model    draft: KV of a draft model · indexer: keys of a sparse-attention indexer
+    …      its own slots      state of a short convolution, beside the recurrent states of its layers
 
 A slot number means the same page in the main pool and in each of its sidecars, so one ledger serves
-them all and whatever copies a page copies its sidecars along.
+them all and whatever copies a page copies its sidecars along. Slots of different kinds have nothing to
+do with each other.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..config import KVLayout, MemoryOrder, SidecarConfig
-from ..types import ConfigError, Kind
+from ..config import Layout, MemoryOrder, SidecarConfig
+from ..types import ConfigError, Kind, Slots
 from .paged import Pool
 
 
@@ -47,26 +49,29 @@ class PoolGroup:
     @classmethod
     def build(
         cls,
-        layouts: Mapping[Kind, KVLayout],
+        layouts: Mapping[Kind, Layout],
         sidecars: Sequence[SidecarConfig] = (),
         *,
         order: MemoryOrder,
-        pages: int,
+        pages: Mapping[Kind, int],
         device: str | torch.device = "cpu",
         pinned: bool = False,
     ) -> PoolGroup:
-        """A main pool per kind of `layouts`, and each sidecar beside that of its kind; all of `pages` pages
-        and in the same order, on the same device."""
+        """A main pool per kind of `layouts`, and each sidecar beside that of its kind, with the number of
+        `pages` of that kind; all in the same order, on the same device."""
         for sidecar in sidecars:
             if sidecar.kind not in layouts:
                 raise ConfigError(f"sidecars.{sidecar.name}: kind {sidecar.kind!r} has no pool to ride on")
 
-        def pool(layout: KVLayout) -> Pool:
-            return Pool(layout, order, pages, device, pinned)
+        def pool(kind: Kind, layout: Layout) -> Pool:
+            return Pool(layout, order, pages[kind], device, pinned)
 
         return cls(
             {
-                kind: KindPools(pool(layout), {s.name: pool(s.layout) for s in sidecars if s.kind == kind})
+                kind: KindPools(
+                    pool(kind, layout),
+                    {each.name: pool(kind, each.layout) for each in sidecars if each.kind == kind},
+                )
                 for kind, layout in layouts.items()
             }
         )
@@ -87,6 +92,11 @@ class PoolGroup:
 
     def __contains__(self, kind: object) -> bool:
         return kind in self._kinds
+
+    def clone(self, kind: Kind, source: Slots, target: Slots) -> None:
+        """Copy pages of `kind` with all their sidecars inside this tier (see `Pool.clone`)."""
+        for pool in self[kind]:
+            pool.clone(source, target)
 
     def pairs(self, kind: Kind, other: PoolGroup) -> list[tuple[Pool, Pool]]:
         """(pool here, same pool of `other`) for the main pool of `kind` and every sidecar. Raises

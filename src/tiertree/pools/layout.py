@@ -7,8 +7,9 @@ Every pool holds the same six axes; its order only says how they nest, outermost
     page_first_direct  [page, layer, plane, entry, head, dim]     one page is contiguous, layer by layer
     logical            [page, layer, plane, entry, head, dim]     what callers index, whatever the order
 
-Head and dim are innermost everywhere, so one entry of one plane (an *item*) is contiguous in every
-order. Copies move items as machine *words*, never as numbers: bytes stay what they are, NaN included.
+A recurrent state is a page of one entry and one plane, its elements one head. Head and dim are
+innermost everywhere, so one entry of one plane (an *item*) is contiguous in every order. Copies move
+items as machine *words*, never as numbers: bytes stay what they are, NaN included.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Final
 
 import torch
 
-from ..config import KVLayout, MemoryOrder
+from ..config import Layout, MemoryOrder
 
 _LOGICAL: Final = ("page", "layer", "plane", "entry")
 _NESTING: Final[dict[MemoryOrder, tuple[str, ...]]] = {
@@ -28,7 +29,7 @@ _NESTING: Final[dict[MemoryOrder, tuple[str, ...]]] = {
 _WORDS: Final = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
-def memory_shape(layout: KVLayout, order: MemoryOrder, pages: int) -> tuple[int, ...]:
+def memory_shape(layout: Layout, order: MemoryOrder, pages: int) -> tuple[int, ...]:
     """Shape, C-contiguous, of a pool of `pages` pages: the four axes of `order`, then head and dim."""
     sizes = {"page": pages, "layer": layout.layers, "plane": layout.planes, "entry": layout.entries}
     return (*(sizes[axis] for axis in _NESTING[order]), layout.kv_heads, layout.head_size)

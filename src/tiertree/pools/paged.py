@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..config import KVLayout, MemoryOrder
+from ..config import Layout, MemoryOrder
 from ..types import InvalidSlots, Slots
 from .layout import memory_shape, to_logical, to_words
 
@@ -38,7 +38,7 @@ class Pool:
 
     def __init__(
         self,
-        layout: KVLayout,
+        layout: Layout,
         order: MemoryOrder,
         pages: int,
         device: str | torch.device = "cpu",
@@ -115,6 +115,24 @@ class Pool:
         else:
             index = torch.from_numpy(slots).to(self.device)
             view.index_copy_(0, index, torch.tensor(outside, device=self.device))
+
+    def clone(self, source: Slots, target: Slots) -> None:
+        """Copy pages inside the pool, `source[i]` to `target[i]`; `target` must not repeat. On a device it
+        is queued on the caller's stream, behind the caller's own work, and not waited for."""
+        self.check(source)
+        self.check(target)
+        if source.size != target.size:
+            raise InvalidSlots(f"{source.size} source slots, {target.size} target slots")
+        view = self.words if self.rows is None else self.rows
+        if self.on_cpu:
+            array = view.numpy()
+            array[target] = array[source]
+        else:
+            index = torch.from_numpy(np.stack((source, target)))
+            if self.device.type == "cuda":  # a copy from memory that is not pinned would wait for the stream
+                index = index.pin_memory()
+            here, there = index.to(self.device, non_blocking=True)
+            view.index_copy_(0, there, view.index_select(0, here))
 
     def check(self, slots: Slots) -> None:
         """Raise `InvalidSlots` unless `slots` is a 1-D int64 array of indices into this pool. O(n)."""

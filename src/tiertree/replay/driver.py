@@ -2,7 +2,7 @@
 
     peek ─▶ prefetch until settled ─▶ match ─▶ acquire ─▶ load back ─▶ compare what was hit
                                                              │
-         drain ◀─ release ◀─ insert ◀─ write the bytes ◀─ allocate what is missing
+         drain ◀─ release ◀─ insert ◀─ write the bytes ◀─ allocate what is missing, of every kind
 
     page      0 ──── device ──── host ──── storage ──────── key.pages
     counts as   hit: by the tier that held it when the request came │ missing: computed
@@ -25,19 +25,19 @@ import numpy as np
 
 from ..build import fingerprint
 from ..cache import PrefixCache
-from ..pools.paged import Pool
 from ..storage.disk import DiskStorage
 from ..tree.key import Key
 from ..tree.lease import Lease
 from ..tree.load import Progress
 from ..tree.pagehash import PageHashes
-from ..types import FULL, ConfigError, NoRoom, Refused, Slots
+from ..types import FULL, ConfigError, Kind, NoRoom, Refused, Slots, Tier
 from .clock import ReplayClock
 from .corrupt import Corruptor
+from .kinds import Prompt, Saver, patiently
 from .options import ReplayOptions
 from .paging import Paging
-from .payload import Payload
-from .report import Report, Tally
+from .payload import PageBytes, Payload
+from .report import KindTally, Report, Tally
 from .tier3 import open_disk_tier
 from .trace import Request
 
@@ -57,12 +57,13 @@ class Replay:
     def __init__(self, options: ReplayOptions, requests: Sequence[Request]) -> None:
         self.options = options
         self.paging = Paging(requests, options.block_tokens, options.tokens_per_page)
-        self.tally = Tally()
         self._clock = ReplayClock()
         self.cache = PrefixCache(options.cache_config(self.paging), clock=self._clock)
+        self.tally = Tally(kinds={kind: KindTally() for kind in self.cache.config.kind_pages(Tier.DEVICE)})
         self._stack = contextlib.ExitStack()
         self._stored = False
-        self._bytes: _Bytes | None = None
+        self._bytes: PageBytes | None = None
+        self._savers: list[Saver] = []
         self._corruptor: Corruptor | None = None
 
     def __enter__(self) -> Self:
@@ -75,7 +76,7 @@ class Replay:
             if disk is not None:
                 self.cache.attach_storage(disk)
                 self._stored = True
-            self._set_up_bytes(disk if isinstance(disk, DiskStorage) else None)
+            self._set_up(disk if isinstance(disk, DiskStorage) else None)
             self._stack = stack.pop_all()
         return self
 
@@ -84,12 +85,12 @@ class Replay:
     ) -> None:
         self._stack.close()
 
-    def _set_up_bytes(self, disk: DiskStorage | None) -> None:
+    def _set_up(self, disk: DiskStorage | None) -> None:
         options, cache = self.options, self.cache
-        if cache.device_pools is None or options.page_bytes is None:
-            return
-        pool = cache.device_pools[FULL].main
-        self._bytes = _Bytes(pool, Payload(options.page_bytes, options.seed), self.tally, self.paging.longest)
+        self._bytes = self._bytes_of(FULL)
+        for plan in options.kinds():
+            kind = plan.rules.kind
+            self._savers.append(Saver(cache, plan, self.tally.kinds[kind], self._bytes_of(kind)))
         if options.corrupt:
             hashes = PageHashes(cache.key([]).maker, fingerprint(cache.config, cache.revision))
             requests = len(self.paging.counts)
@@ -97,6 +98,14 @@ class Replay:
                 cache, disk, hashes, self._key, options.corrupt, requests, options.seed
             )
             self.tally.corrupted = self._corruptor.damaged
+
+    def _bytes_of(self, kind: Kind) -> PageBytes | None:
+        pools = self.cache.device_pools
+        if pools is None:
+            return None
+        pool = pools[kind].main
+        payload = Payload(pool.page_bytes, self.options.seed, kind)
+        return PageBytes(pool, payload, self.tally, self.tally.kinds[kind])
 
     def run(self, watch: Watcher | None = None) -> Report:
         """Serve all requests; the cache stays open, with nothing in flight. O(tokens)."""
@@ -113,10 +122,14 @@ class Replay:
             self.paging.unique_pages,
             self.options.settings(),
             round(seconds, 3),
+            self.cache.config.slot_bytes,
         )
 
     def _key(self, index: int) -> Key:
-        return self.cache.key(self.paging.tokens(index))
+        """The key of request `index`. States are saved at ends of pages, so where there are some a last
+        partial page is no part of it."""
+        pages = self.paging.whole[index] if self.cache.config.kinds else self.paging.counts[index]
+        return self.cache.key(self.paging.tokens(index)[: pages * self.paging.page_tokens])
 
     # -- one request ------------------------------------------------------------------------------
 
@@ -131,23 +144,30 @@ class Replay:
             in_memory = cache.peek(key).memory_boundary
             if in_memory < pages:
                 self._prefetch(key)
-        lease = cache.acquire(cache.match(key))
+        match = cache.match(key)
+        lease = cache.acquire(match)
+        if self._savers:
+            cache.drain()  # a backup that the match began may pin pages beyond the lease
         on_device = lease.device_boundary
         if lease.memory_boundary > on_device:
             self._load_back(lease)
             cache.drain()
         hit = lease.device_boundary
         tally.requests += 1
-        tally.pages += pages
+        tally.pages += self.paging.counts[index]
         in_memory = min(in_memory, hit)
         on_device = min(on_device, in_memory)
         tally.hits[0] += on_device
         tally.hits[1] += in_memory - on_device
         tally.hits[2] += hit - in_memory
+        tally.lost += match.full_reach - match.memory_boundary
         if hit and self._bytes is not None:
-            self._bytes.compare(self.paging.numbers(index)[:hit], lease.slots)
+            numbers = self.paging.numbers(index)
+            self._bytes.compare(numbers[:hit], lease.slots)
+            for saver in self._savers:
+                saver.compare(lease, numbers)
         if hit < pages:
-            self._compute(index, key, lease)
+            self._compute(index, key, lease, match.branching_point)
         lease.release()
         cache.drain()
 
@@ -183,47 +203,28 @@ class Replay:
             poller.register(descriptor, select.POLLIN)
             poller.poll(WAIT_SECONDS * 1000)
 
-    def _compute(self, index: int, key: Key, lease: Lease) -> None:
-        """Allocate the missing pages, or as many as there is room for, fill them and insert them."""
+    def _compute(self, index: int, key: Key, lease: Lease, branching: int | None) -> None:
+        """Allocate the missing pages, or as many as there is room for, fill them and insert them, with what
+        is worth saving of other kinds."""
         hit, pages = lease.device_boundary, key.pages
         slots = self._allocate(pages - hit, lease)
-        count = len(slots)
+        count, tally = len(slots), self.tally.kinds[FULL]
+        tally.saved += count
         if hit + count < pages:
-            self.tally.uncached += pages - hit - count
+            tally.uncached += pages - hit - count
             if not count:
                 return
             key = key.head(hit + count)
+        numbers = self.paging.numbers(index)
         if self._bytes is not None:
-            self._bytes.fill(self.paging.numbers(index)[hit : hit + count], slots)
-        self.cache.insert(key, slots, lease)
+            self._bytes.fill(numbers[hit : hit + count], slots)
+        prompt = Prompt(numbers, key.pages, branching)
+        partial = {each.kind: each.save(lease, prompt) for each in self._savers}
+        self.cache.insert(key, slots, lease, partial)
 
     def _allocate(self, missing: int, lease: Lease) -> Slots:
-        room = min(missing, self.cache.config.device_pages - lease.device_boundary)
-        slots = self.cache.allocate(room, lease, deadline_s=0)
-        while isinstance(slots, NoRoom) and slots.pending:
-            self.cache.drain()
-            slots = self.cache.allocate(room, lease, deadline_s=0)
+        room = min(missing, self.cache.config.device_pages - lease.reach)
+        slots = patiently(self.cache, lambda: self.cache.allocate(room, lease, deadline_s=0))
         if isinstance(slots, NoRoom):
             slots = self.cache.allocate(slots.free, lease)
         return np.empty(0, np.int64) if isinstance(slots, NoRoom) else slots
-
-
-class _Bytes:
-    """Writes and compares the bytes of pages on device."""
-
-    def __init__(self, pool: Pool, payload: Payload, tally: Tally, longest: int) -> None:
-        self._pool = pool
-        self._payload = payload
-        self._tally = tally
-        self._read = np.empty((longest, pool.page_bytes), np.uint8)
-
-    def fill(self, numbers: Slots, slots: Slots) -> None:
-        """The model computes these pages."""
-        self._pool.write_pages(slots, self._payload.pages(numbers))
-
-    def compare(self, numbers: Slots, slots: Slots) -> None:
-        """A hit returned `slots` for these pages."""
-        found = self._read[: len(slots)]
-        self._pool.read_pages(slots, found)
-        self._tally.verified += len(slots)
-        self._tally.mismatched += self._payload.mismatches(numbers, found)

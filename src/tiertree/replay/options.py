@@ -3,14 +3,45 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from ..config import CacheConfig, DeviceConfig, HostConfig, LoadBackConfig, PrefetchConfig
+from ..components import Component, Mamba, SlidingWindow
+from ..config import (
+    CacheConfig,
+    DeviceConfig,
+    HostConfig,
+    KindConfig,
+    Layout,
+    LoadBackConfig,
+    PrefetchConfig,
+)
 from ..types import ConfigError, StopRule, WritePolicy
 from .paging import Paging
-from .payload import layout_of
+from .payload import layout_of, state_layout_of
 
 PAGES_MAX: Final = 10**9
+KIND_OPTIONS: Final = {
+    "swa_window": ("swa_device_pages", "swa_host_pages", "swa_checkpoint", "swa_page_bytes"),
+    "mamba_every": ("mamba_device_states", "mamba_host_states", "mamba_per_path", "mamba_state_bytes"),
+}
+"""What says that the model has a kind, and what more can be said of it then."""
+STEPS: Final = ("swa_checkpoint", "mamba_every")
+KIND_BYTES: Final = ("swa_page_bytes", "mamba_state_bytes")
+KIND_HOST: Final = ("swa_host_pages", "mamba_host_states")
+
+
+class KindPlan(NamedTuple):
+    """A kind beside FULL in a replay: its rules, and how an engine with such layers goes about it."""
+
+    rules: Component
+    every: int | None
+    """It saves what continuing at multiples of so many tokens needs; None: at no such places."""
+    overwrites: bool
+    """Whether going on overwrites the state, so that the request needs a copy of its own."""
+    device: int | None
+    host: int | None
+    """Capacities in slots; None: unbounded."""
+    layout: Layout | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,10 +76,33 @@ class ReplayOptions:
     """Directory of the disk tier, new or empty, kept afterwards; None: a temporary one."""
     seed: int = 0
     """Of the payloads and of `corrupt`."""
+    swa_window: int | None = None
+    """Tokens that sliding-window layers look back; None: the model has none."""
+    swa_device_pages: int | None = None
+    """Window pages on device; None: unbounded, as many as there are pages of FULL."""
+    swa_host_pages: int | None = None
+    """Window pages on host; None: unbounded, as many as there are pages of FULL in memory."""
+    swa_checkpoint: int | None = None
+    """Save a window at every multiple of so many tokens too; None: only where prompts end or part."""
+    swa_page_bytes: int | None = None
+    """Bytes of a window page; None: as `page_bytes`."""
+    mamba_every: int | None = None
+    """Save a recurrent state at every multiple of so many tokens; None: the model has none."""
+    mamba_device_states: int | None = None
+    """States on device; None: unbounded."""
+    mamba_host_states: int | None = None
+    """States on host; None: unbounded."""
+    mamba_per_path: int | None = None
+    """States that one path may have on device; None: any number."""
+    mamba_state_bytes: int | None = None
+    """Bytes of a state; None: as `page_bytes`."""
 
     def __post_init__(self) -> None:
         lows = {"device_pages": 1, "block_tokens": 1, "page_tokens": 1, "selective_hits": 1, "page_bytes": 8}
-        names = ("device_pages", "host_pages", "disk_pages", "selective_hits", "load_back_min")
+        names = ["device_pages", "host_pages", "disk_pages", "selective_hits", "load_back_min"]
+        for lead, more in KIND_OPTIONS.items():
+            names += [lead, *more]
+            lows |= {name: 8 if name in KIND_BYTES else 1 for name in (lead, *more)}
         for name in (*names, "block_tokens", "page_tokens", "page_bytes", "corrupt", "seed"):
             value, low = getattr(self, name), lows.get(name, 0)
             if value is not None and not low <= value <= PAGES_MAX:
@@ -61,6 +115,23 @@ class ReplayOptions:
             raise _refused("disk_dir", "allowed: only with --disk-pages and --bytes real")
         if self.corrupt and not self.real_bytes:
             raise _refused("corrupt", "there are no bytes to flip; allowed: only with --bytes real")
+        self._check_kinds()
+
+    def _check_kinds(self) -> None:
+        for lead, more in KIND_OPTIONS.items():
+            for name in more if getattr(self, lead) is None else ():
+                if getattr(self, name) is not None:
+                    raise _refused(name, f"allowed: only with {_option(lead)}")
+        for name in STEPS:
+            if (getattr(self, name) or 0) % self.tokens_per_page:
+                allowed = f"a multiple of the page's {self.tokens_per_page} tokens"
+                raise _refused(name, f"{getattr(self, name)} is not allowed; allowed: {allowed}")
+        for name in KIND_HOST:
+            if getattr(self, name) is not None and not self.host_pages:
+                raise _refused(name, "there is no host tier; allowed: only with --host-pages")
+        for name in KIND_BYTES:
+            if getattr(self, name) is not None and not self.real_bytes:
+                raise _refused(name, "there are no bytes; allowed: only with --bytes real")
 
     @property
     def tokens_per_page(self) -> int:
@@ -72,21 +143,73 @@ class ReplayOptions:
         """Whether pages have bytes."""
         return self.page_bytes is not None
 
+    def kinds(self) -> tuple[KindPlan, ...]:
+        """The kinds that the model has beside FULL."""
+        found = []
+        if self.swa_window is not None:
+            page = self.swa_page_bytes or self.page_bytes
+            found.append(
+                KindPlan(
+                    SlidingWindow(window=self.swa_window, checkpoint_tokens=self.swa_checkpoint),
+                    self.swa_checkpoint,
+                    False,
+                    self.swa_device_pages,
+                    self.swa_host_pages,
+                    None if page is None else layout_of(page, self.tokens_per_page),
+                )
+            )
+        if self.mamba_every is not None:
+            state = self.mamba_state_bytes or self.page_bytes
+            found.append(
+                KindPlan(
+                    Mamba(states_per_path=self.mamba_per_path),
+                    self.mamba_every,
+                    True,
+                    self.mamba_device_states,
+                    self.mamba_host_states,
+                    None if state is None else state_layout_of(state),
+                )
+            )
+        return tuple(found)
+
     def settings(self) -> dict[str, Any]:
         """Every option as JSON-ready data, with the value that counts where it was left open. Only what has
-        no value stays None: an unbounded device, the bytes of pages without, a temporary directory."""
+        no value stays None: an unbounded pool, the bytes of pages without, a temporary directory. Options of
+        kinds that the model does not have are not there."""
+        given = asdict(self)
+        for lead, more in KIND_OPTIONS.items():
+            if given[lead] is None:
+                given = {name: value for name, value in given.items() if name not in (lead, *more)}
+        for name in KIND_BYTES:
+            if name in given and given[name] is None:
+                given[name] = self.page_bytes
         bytes_of_pages = "real" if self.real_bytes else "none"
-        return {**asdict(self), "page_tokens": self.tokens_per_page, "bytes": bytes_of_pages}
+        return {**given, "page_tokens": self.tokens_per_page, "bytes": bytes_of_pages}
 
     def cache_config(self, paging: Paging) -> CacheConfig:
         """The cache that these options describe, for the requests of `paging`. The disk tier is not part of
-        it: the replay attaches its own. One worker per kind of transfer, so that their order is fixed."""
-        size = self.tokens_per_page
-        device = paging.unique_pages if self.device_pages is None else self.device_pages
+        it: the replay attaches its own. One worker per kind of transfer, so that their order is fixed.
+
+        Where kinds beside FULL end a match before FULL's last page, a request computes pages that are there:
+        an unbounded device has room for the longest request twice."""
+        size, plans = self.tokens_per_page, self.kinds()
+        device = self.device_pages
+        if device is None:
+            device = max(paging.unique_pages + (paging.longest if plans else 0), 1)
+        kinds = tuple(
+            KindConfig(
+                rules=each.rules,
+                device=each.device or device,
+                host=(each.host or device + self.host_pages) if self.host_pages else None,
+                layout=each.layout,
+            )
+            for each in plans
+        )
         return CacheConfig(
             page_size=size,
             layout=None if self.page_bytes is None else layout_of(self.page_bytes, size),
-            device=DeviceConfig(size=max(device, 1)),
+            kinds=kinds,
+            device=DeviceConfig(size=device),
             host=HostConfig(size=self.host_pages) if self.host_pages else None,
             write_policy=self.write_policy,
             selective_hits=self.selective_hits,
@@ -100,5 +223,9 @@ class ReplayOptions:
         )
 
 
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _refused(name: str, why: str) -> ConfigError:
-    return ConfigError(f"--{name.replace('_', '-')}: {why}")
+    return ConfigError(f"{_option(name)}: {why}")

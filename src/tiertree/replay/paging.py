@@ -26,8 +26,9 @@ class Paging:
     """The pages of `requests`, whose blocks of `block_tokens` are cut into pages of `page_tokens`; O(blocks).
 
     A partial last page counts as a page; what it is padded with belongs to its block, as the id does.
-    `pages` counts all pages, `unique_pages` those that differ in themselves or in what is before them,
-    `longest` those of the longest request. Raises ConfigError unless `page_tokens` divides `block_tokens`.
+    `counts` are the pages of each request, `whole` those without a partial one; `pages` counts all pages,
+    `unique_pages` those that differ in themselves or in what is before them, `longest` those of the longest
+    request. Raises ConfigError unless `page_tokens` divides `block_tokens`.
     """
 
     def __init__(self, requests: Sequence[Request], block_tokens: int, page_tokens: int) -> None:
@@ -40,6 +41,10 @@ class Paging:
         self._pages_per_block = block_tokens // page_tokens
         self._within = np.arange(self._pages_per_block, dtype=np.int64)
         self.counts = [self._count(request) for request in requests]
+        self.whole = [
+            count - bool(request.last_tokens % page_tokens)
+            for count, request in zip(self.counts, requests, strict=True)
+        ]
         self.pages = sum(self.counts)
         self.longest = max(self.counts, default=0)
         spelling: dict[int, int] = {}

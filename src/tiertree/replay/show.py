@@ -16,6 +16,20 @@ from .report import TIERS, Report, Tally
 SECONDS_BETWEEN_LOOKS = 0.1
 LINES = 10
 RATE_SECONDS_MIN = 0.1
+KIND_ROWS = (
+    ("on device", "held_pages", "device"),
+    ("on host", "held_pages", "host"),
+    ("computed and saved", "saved_pages", None),
+    ("evicted from device", "evicted_pages", "device"),
+    ("evicted from host", "evicted_pages", "host"),
+    ("backed up", "backed_up_pages", None),
+    ("loaded back", "loaded_back_pages", None),
+    ("persisted", "persisted_pages", None),
+    ("prefetched", "prefetched_pages", None),
+    ("recovered", "recovered_pages", None),
+    ("declined", "declined_pages", None),
+)
+"""Title, measure of a kind, tier."""
 
 
 class ProgressBar:
@@ -131,6 +145,26 @@ def results(report: Report) -> Table:
     return table
 
 
+def kinds(report: Report) -> Table | None:
+    """What each kind holds, has let go and has moved, in pages and where they have any in bytes; None where
+    FULL is alone."""
+    found = report.as_dict().get("kinds")
+    if found is None:
+        return None
+    table = Table(box=None, pad_edge=False, header_style="")
+    table.add_column("pages")
+    for name in found:
+        table.add_column(name, justify="right")
+    for title, measure, tier in KIND_ROWS:
+        cells = []
+        for each in found.values():
+            count = each[measure] if tier is None else each[measure][tier]
+            size = "" if each["bytes"] is None or not count else f" ({_size(count * each['bytes']['page'])})"
+            cells.append(f"{count:,}{size}")
+        table.add_row(title, *cells)
+    return table
+
+
 def sentences(report: Report, real_bytes: bool) -> list[str]:
     """What else there is to say, one sentence a line; the verdict on the bytes comes last."""
     found, tally = report.as_dict(), report.tally
@@ -145,15 +179,28 @@ def sentences(report: Report, real_bytes: bool) -> list[str]:
     ):
         if found[name]:
             lines.append(f"{_some(found[name], noun)} {what}")
+    if tally.lost:
+        lines.append(f"FULL reached {_some(tally.lost, 'page')} beyond where every kind could continue")
     if sum(tally.corrupted):
         flipped = ", ".join(f"{count} on {name}" for name, count in zip(TIERS, tally.corrupted, strict=True))
         lines.append(f"flipped a byte in pages on purpose: {flipped}")
     if real_bytes:
+        shares = ", ".join(f"{each.verified:,} {kind}" for kind, each in tally.kinds.items())
         lines.append(
-            f"verified {_some(tally.verified, 'page')}, {_some(tally.mismatched, 'mismatch', 'mismatches')}, "
+            f"verified {_some(tally.verified, 'page')}{f' ({shares})' if len(tally.kinds) > 1 else ''}, "
+            f"{_some(tally.mismatched, 'mismatch', 'mismatches')}, "
             f"{_some(found['checksum_failures'], 'checksum failure')}"
         )
     return lines
+
+
+def _size(count: int) -> str:
+    """Bytes in the largest unit of which there is at least one."""
+    size, units = float(count), ["B", "KiB", "MiB", "GiB"]
+    while size >= 1024 and len(units) > 1:
+        size /= 1024
+        del units[0]
+    return f"{size:,.0f} {units[0]}" if units[0] == "B" else f"{size:,.1f} {units[0]}"
 
 
 def _duration(seconds: float, requests: int) -> str:

@@ -90,8 +90,8 @@ class Storage(Protocol):
         """
         ...
 
-    def holds(self, keys: Sequence[bytes]) -> int:
-        """How many leading keys are present. Reads no page; refreshes nothing."""
+    def holds(self, keys: Sequence[bytes]) -> list[bool]:
+        """Which of `keys` are present, one answer for each. Reads no page; refreshes nothing."""
         ...
 
     def clear(self) -> None:

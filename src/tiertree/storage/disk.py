@@ -184,10 +184,10 @@ class DiskStorage:
                 again.append(position)
         return again
 
-    def holds(self, keys: Sequence[bytes]) -> int:
-        """How many leading keys are present, in memory alone."""
+    def holds(self, keys: Sequence[bytes]) -> list[bool]:
+        """Which of `keys` are present, by the index alone."""
         self._require_open()
-        return self._index.leading(keys)
+        return self._index.present(keys)
 
     def keys(self) -> list[bytes]:
         """Every key present."""

@@ -47,7 +47,7 @@ class Appended(NamedTuple):
 
 
 class Index:
-    """Thread-safe. `locate`, `leading` and `publish` are O(keys)."""
+    """Thread-safe. `locate`, `present` and `publish` are O(keys)."""
 
     def __init__(self) -> None:
         self.mutex = threading.Lock()
@@ -80,13 +80,10 @@ class Index:
             expected = value + 1
         return runs
 
-    def leading(self, keys: Sequence[bytes]) -> int:
-        """How many leading keys are present."""
+    def present(self, keys: Sequence[bytes]) -> list[bool]:
+        """Which of `keys` are present, all at one moment."""
         with self.mutex:
-            for count, key in enumerate(keys):
-                if key not in self._where:
-                    return count
-        return len(keys)
+            return [key in self._where for key in keys]
 
     def missing(self, keys: Iterable[bytes]) -> set[bytes]:
         """Those of `keys` that are not present."""

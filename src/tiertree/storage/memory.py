@@ -111,14 +111,11 @@ class _Lru(ABC):
             elif got is Got.CORRUPT:
                 self._drop(key)
 
-    def holds(self, keys: Sequence[bytes]) -> int:
-        """How many leading keys are present; no use of them."""
+    def holds(self, keys: Sequence[bytes]) -> list[bool]:
+        """Which of `keys` are present; no use of them."""
         with self._mutex:
             self._require_open()
-            for count, key in enumerate(keys):
-                if key not in self._present:
-                    return count
-        return len(keys)
+            return [key in self._present for key in keys]
 
     def keys(self) -> list[bytes]:
         """Every key present, least recently used first."""

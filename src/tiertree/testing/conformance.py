@@ -2,6 +2,10 @@
 
 def test_my_backend_conforms(tmp_path):
     check_storage(lambda capacity: MyStorage(tmp_path / uuid4().hex, capacity))
+
+
+def test_my_kind_conforms():
+    check_component(MyRules(), page_size=16)
 """
 
 from __future__ import annotations
@@ -11,8 +15,12 @@ import hashlib
 import threading
 from collections.abc import Callable
 
+import numpy as np
+
+from ..components import Component
+from ..config import CacheConfig, DeviceConfig, KindConfig
 from ..storage.base import HASH_BYTES, Got, Storage, Wrote, storage_key
-from ..types import StorageError
+from ..types import ConfigError, StorageError
 
 MakeStorage = Callable[[int], Storage]
 """A fresh, empty storage with (about) this capacity in bytes. It is closed by the check that asked for it."""
@@ -31,7 +39,7 @@ def check_storage(make: MakeStorage, tamper: Tamper | None = None) -> None:
         _round_trip,
         _misses,
         _present_and_repeated,
-        _holds_leading,
+        _holds_each,
         _evicts_within_capacity,
         _refuses_oversized,
         _keeps_the_head,
@@ -45,6 +53,24 @@ def check_storage(make: MakeStorage, tamper: Tamper | None = None) -> None:
         _with_storage(make, check)
     if tamper is not None:
         _with_storage(make, lambda storage: _quarantines(storage, tamper))
+
+
+def check_component(rules: Component, page_size: int) -> None:
+    """Run every check of the rules of a kind, for pages of `page_size` token units, which they must fit."""
+    try:
+        kinds = (KindConfig(rules=rules, device=1),)
+        CacheConfig(device=DeviceConfig(size=1), page_size=page_size, kinds=kinds)
+        hash(rules)
+    except (ConfigError, TypeError) as error:
+        raise AssertionError(f"no cache can have this kind: {error}") from error
+    assert rules.per_path is None or rules.per_path >= 1, "per_path must be None or at least 1"
+    grid = rules.grid(page_size)
+    assert isinstance(grid, int), "a grid is an int"
+    assert grid >= 1, "a grid is at least one page"
+    ends = sorted({*range(1, 65), *(most * grid + off for most in (1, 2, 3) for off in (0, 1))})
+    _since_never_falls(rules, page_size, ends)
+    for end in ends:
+        _keeps_page_by_page(rules, page_size, end)
 
 
 def page_key(number: int) -> bytes:
@@ -68,6 +94,36 @@ def read(storage: Storage, number: int, length: int = PAGE_BYTES) -> tuple[Got, 
 def write(storage: Storage, *numbers: int, length: int = PAGE_BYTES) -> tuple[Wrote, ...]:
     """Some pages in one call."""
     return storage.put([page_key(n) for n in numbers], [page_content(n, length) for n in numbers]).outcomes
+
+
+def held(storage: Storage, *numbers: int) -> list[bool]:
+    """Which pages are present, in one call."""
+    return storage.holds([page_key(n) for n in numbers])
+
+
+def _since_never_falls(rules: Component, page_size: int, ends: list[int]) -> None:
+    since = {end: rules.since(end, page_size) for end in ends}
+    for end, first in since.items():
+        assert isinstance(first, int), "since is an int"
+        assert 0 <= first < end, f"since({end}) = {first} is not in [0, {end})"
+    assert list(since.values()) == sorted(since.values()), "since is smaller for a larger boundary"
+    again = {end: rules.since(end, page_size) for end in reversed(ends)}
+    assert since == again, "since depends on what was asked before"
+
+
+def _keeps_page_by_page(rules: Component, page_size: int, end: int) -> None:
+    pages = np.arange(end, dtype=np.int64)
+    kept = rules.kept(pages, end, page_size)
+    assert isinstance(kept, np.ndarray), "kept is an array"
+    assert kept.dtype == np.bool_, "kept is of bools"
+    assert np.array_equal(pages, np.arange(end)), "kept has changed the pages it was asked about"
+    for part in (slice(None), slice(None, None, 2), slice(end // 2, None), slice(0)):
+        answer = rules.kept(pages[part].copy(), end, page_size)
+        assert answer.shape == pages[part].shape, "kept has one entry per page"
+        assert np.array_equal(answer, kept[part]), "whether a page is kept depends on the others asked about"
+    if end % rules.grid(page_size) == 0:
+        needed = kept[rules.since(end, page_size) :]
+        assert needed.all(), f"pages that continuing at {end} needs are not kept in a node that ends there"
 
 
 def _with_storage(make: MakeStorage, check: Callable[[Storage], None]) -> None:
@@ -109,11 +165,14 @@ def _present_and_repeated(storage: Storage) -> None:
     assert bytes(into[0]) == bytes(into[1]) == bytes(page_content(1))
 
 
-def _holds_leading(storage: Storage) -> None:
+def _holds_each(storage: Storage) -> None:
     write(storage, 0, 1, 3)
-    assert storage.holds([page_key(n) for n in range(4)]) == 2
-    assert storage.holds([page_key(n) for n in (5, 0)]) == 0
-    assert storage.holds([]) == 0
+    assert held(storage, 0, 1, 2, 3, 4) == [True, True, False, True, False]
+    assert held(storage, 3, 5, 0, 3, 5) == [True, False, True, True, False]
+    assert held(storage, 5) == [False]
+    assert held(storage) == []
+    stats = storage.stats()
+    assert (stats.hits, stats.misses) == (0, 0), "asking whether a page is present counts as reading it"
 
 
 def _evicts_within_capacity(storage: Storage) -> None:
@@ -132,7 +191,7 @@ def _evicts_within_capacity(storage: Storage) -> None:
         assert stats.pages == len(alive)
     assert len(alive) < len(by_key), "nothing was ever evicted"
     for number in by_key.values():
-        assert (storage.holds([page_key(number)]) == 1) == (number in alive)
+        assert held(storage, number) == [number in alive]
         got, content = read(storage, number)
         assert got is (Got.HIT if number in alive else Got.MISS)
         assert got is Got.MISS or content == bytes(page_content(number))
@@ -143,7 +202,7 @@ def _refuses_oversized(storage: Storage) -> None:
     capacity = storage.stats().capacity_bytes or ROOMY_BYTES
     assert write(storage, 2, length=2 * capacity) == (Wrote.REFUSED,)
     assert read(storage, 1) == (Got.HIT, bytes(page_content(1))), "a refusal has evicted something"
-    assert storage.holds([page_key(2)]) == 0
+    assert held(storage, 1, 2) == [True, False]
 
 
 def _keeps_the_head(storage: Storage) -> None:
@@ -153,7 +212,7 @@ def _keeps_the_head(storage: Storage) -> None:
     kept = result.outcomes.count(Wrote.STORED)
     assert 0 < kept < len(numbers)
     assert result.outcomes[:kept] == (Wrote.STORED,) * kept
-    assert storage.holds([page_key(n) for n in numbers]) == kept
+    assert held(storage, *numbers) == [number < kept for number in numbers]
 
 
 def _other_length_misses(storage: Storage) -> None:
@@ -167,7 +226,7 @@ def _clears(storage: Storage) -> None:
     write(storage, *range(_PAGES))
     storage.clear()
     assert storage.stats().pages == 0
-    assert storage.holds([page_key(0)]) == 0
+    assert held(storage, *range(_PAGES)) == [False] * _PAGES
     assert read(storage, 0)[0] is Got.MISS
     assert write(storage, 0) == (Wrote.STORED,)
     assert read(storage, 0) == (Got.HIT, bytes(page_content(0)))
@@ -199,7 +258,7 @@ def _threads(storage: Storage) -> None:
     for thread in threads:
         thread.join()
     assert failures == []
-    assert storage.holds([page_key(n) for n in range(31)]) == 31
+    assert all(held(storage, *range(31)))
 
 
 def _closes(storage: Storage) -> None:
@@ -209,7 +268,7 @@ def _closes(storage: Storage) -> None:
     into = memoryview(bytearray(PAGE_BYTES))
     _raises(lambda: storage.put([page_key(1)], [page_content(1)]))
     _raises(lambda: storage.get([page_key(1)], [into]))
-    _raises(lambda: storage.holds([page_key(1)]))
+    _raises(lambda: held(storage, 1))
     _raises(storage.clear)
 
 

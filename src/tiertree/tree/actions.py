@@ -45,7 +45,7 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Put:
-    """Store pages that are READY on host (persist)."""
+    """Store pages that are READY on host (persist). The first span is FULL's, and may be empty."""
 
     op: int
     spans: tuple[Span, ...]
@@ -53,16 +53,17 @@ class Put:
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """How many leading pages of `hashes` does storage hold, for every kind named?"""
+    """Which of these pages does storage hold? One (kind, page hashes) per kind, FULL's first; of FULL
+    only the leading ones count, of the others each by itself."""
 
     op: int
-    hashes: tuple[bytes, ...]
-    kinds: tuple[Kind, ...]
+    asked: tuple[tuple[Kind, tuple[bytes, ...]], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Get:
-    """Read pages from storage into host slots, in order."""
+    """Read pages from storage into host slots. The first span is FULL's, and may be empty: it is read
+    last, in order, and says how far it has come; of the others each is worth something only whole."""
 
     op: int
     spans: tuple[Span, ...]
@@ -82,9 +83,14 @@ Action = Copy | Put | Query | Get | Cancel
 class Completion:
     """The answer to an operation.
 
-    `pages` counts leading pages: copied, stored (Put), held (Query), or arrived and verified (Get).
-    `error` is None when all was well, and otherwise says why `pages` is less than what was asked.
-    `stored` are the page hashes that a Put made new on storage, `evicted` those it pushed out there.
+    `pages` counts leading pages of FULL: copied (all kinds together), stored (Put), held (Query), or
+    arrived and verified (Get). `error` is None when all was well, and otherwise says why it is less than
+    what was asked. `stored` are the page hashes of FULL that a Put made new on storage, `evicted` those
+    it pushed out there.
+
+    `others` says the same of the further spans of a Put, Get or Query, one entry each: for Put how many
+    pages are stored, for Get how many leading ones have arrived. For a Query `held` has one entry each:
+    a byte per page, 1 where storage holds it.
     """
 
     op: int
@@ -93,3 +99,5 @@ class Completion:
     final: bool = True
     stored: tuple[bytes, ...] = ()
     evicted: tuple[bytes, ...] = ()
+    others: tuple[int, ...] = ()
+    held: tuple[bytes, ...] = ()

@@ -10,16 +10,17 @@ transfer that fails.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from ..types import Tier
+from ..types import Slots, Tier
 from .counters import Counters
 from .journal import runs
 from .ledger import NODE_FILLING, NODE_READY
-from .node import NOWHERE, Node, fragments, subtree
+from .node import NOWHERE, Node, fragments, located, subtree
 from .operation import Operation, Operations
+from .partial import Partial
 from .radix import HOST, Radix
 
 
@@ -61,7 +62,7 @@ class Arrivals:
     def late(self, operation: Operation) -> None:
         """Give up on a copy that is past its deadline: its target slots are LOST until it comes home."""
         self.fail(operation)
-        self._radix.ledgers[operation.target_tier].lose(operation.target)
+        self._operations.lose(operation)
         self._settled(operation, False)
         for each in self._woken(operation):
             self.arrive(each, True)
@@ -79,7 +80,11 @@ class Arrivals:
         """Slot and ledger entry, on the target tier, of the page before the operation's first; None if it
         is not there. READY where nothing needs to be before. O(depth in nodes)."""
         tier = operation.target_tier
-        if not operation.first or (tier == HOST and not self._radix.host_prefix_closed):
+        if (
+            not operation.count
+            or not operation.first
+            or (tier == HOST and not self._radix.host_prefix_closed)
+        ):
             return NOWHERE, NODE_READY
         assert operation.end is not None
         for node, low, _ in fragments(operation.end, operation.first - 1, 1):
@@ -91,7 +96,10 @@ class Arrivals:
     def _ours(self, operation: Operation) -> list[tuple[Node, int, int]]:
         """Fragments whose slots are still this operation's, parents first."""
         assert operation.end is not None
-        tier, ours = operation.target_tier, []
+        tier = operation.target_tier
+        ours: list[tuple[Node, int, int]] = []
+        if not operation.count:
+            return ours
         for node, low, high in fragments(operation.end, operation.first, operation.count):
             slots = node.lane(tier).slots
             if slots is None:
@@ -114,13 +122,38 @@ class Arrivals:
             lane.filling -= high - low
             radix.announce(node, tier, low, high)
         radix.version += 1
-        return committed == operation.count
+        return self._commit_parts(operation) and committed == operation.count
+
+    def _parts(self, operation: Operation) -> Iterator[tuple[Partial, Node, Slots]]:
+        """Of each part, node by node, the indices of the pages whose slots are still this operation's."""
+        assert operation.end is not None
+        for part in operation.parts:
+            for node, inside, which in located(operation.end, part.pages):
+                slots = part.kind.lane(node, operation.target_tier).slots
+                if slots is not None:
+                    yield part.kind, node, inside[slots[inside] == part.target[which]]
+
+    def _commit_parts(self, operation: Operation) -> bool:
+        tier, committed = operation.target_tier, 0
+        for kind, node, inside in self._parts(operation):
+            lane = kind.lane(node, tier)
+            assert lane.slots is not None
+            if len(inside):
+                kind.ledgers[tier].ready(lane.slots[inside], NODE_FILLING)
+                lane.filling -= len(inside)
+                kind.arrived(node, tier, inside)
+                self._radix.revalue(node, node.start + int(inside[-1]))
+                committed += len(inside)
+        return committed == sum(len(part.pages) for part in operation.parts)
 
     def fail(self, operation: Operation) -> None:
         """The copy brought nothing: its slots leave the nodes, and so does whatever was being filled
         behind them on a prefix-closed tier (it is all FILLING, see above)."""
         radix, tier = self._radix, operation.target_tier
         self._counters.failed_operations += 1
+        for kind, node, inside in self._parts(operation):
+            if len(inside):
+                kind.ledgers[tier].drop(kind.detach(node, tier, inside))
         ours = self._ours(operation)
         if not ours:
             return

@@ -15,14 +15,15 @@ from .actions import Completion, Put, Span
 from .counters import Counters
 from .evict import Evictor
 from .node import Node, fragments
-from .operation import Operation, Operations, Purpose
-from .radix import DEVICE, HOST, Radix
+from .operation import Operation, Operations, Part, Purpose
+from .radix import DEVICE, EMPTY, HOST, Radix
 
 
 class Backup:
     """Starts backups and persists. `hits_min`: how often a page must have been hit before."""
 
     __slots__ = (
+        "_carrier",
         "_counters",
         "_epoch",
         "_evictor",
@@ -46,6 +47,7 @@ class Backup:
         self._radix = radix
         self._operations = operations
         self._evictor = evictor
+        self._carrier = evictor.carrier
         self._counters = counters
         self.enabled = policy is not WritePolicy.WRITE_BACK and radix.has_host
         self.hits_min = selective_hits if policy is WritePolicy.WRITE_THROUGH_SELECTIVE else 0
@@ -60,13 +62,20 @@ class Backup:
         node = end
         while node.hits < wanted and node.parent is not None:
             node = node.parent
-        bare: list[Node] = []
+        first, stop = self._bare(node)
+        unsaved = bool(self._radix.partials) and self._unsaved(node, stop)
+        return (stop > first or unsaved) and self._start(node, first, stop, now)
+
+    def _bare(self, end: Node) -> tuple[int, int]:
+        """The pages of the path to `end` that host lacks and device has: from the first that host lacks to
+        the first that is not READY on device. O(1) where host has them all."""
+        node, bare = end, []
         while node.pages and node.host.count < node.pages:
             bare.append(node)
             assert node.parent is not None
             node = node.parent
         if not bare:
-            return False
+            return end.end, end.end
         first = bare[-1].start + bare[-1].host.count
         stop = first
         for node in reversed(bare):
@@ -74,7 +83,17 @@ class Backup:
             stop = max(first, node.start + ready)
             if ready < node.pages:
                 break
-        return stop > first and self._start(node, first, stop, now)
+        return first, stop
+
+    def _unsaved(self, end: Node, stop: int) -> bool:
+        """Whether partial kinds may have something that host lacks where continuing at `stop` looks."""
+        since = self._carrier.reach_back(stop)
+        node: Node | None = end
+        while node is not None and node.end > since:
+            if node.partial and node.partial.unsaved:
+                return True
+            node = node.parent
+        return False
 
     def _start(self, end: Node, first: int, stop: int, now: float) -> bool:
         radix, operations, wanted = self._radix, self._operations, stop - first
@@ -84,31 +103,46 @@ class Backup:
         holds = [radix.hold(end, DEVICE), radix.hold(end, HOST)]
         room = min(self._evictor.room_on_host(wanted), wanted)
         self._counters.backups_dropped += wanted - room
-        if not room:
+        covered = first + room
+        since = min(first, self._carrier.reach_back(covered)) if covered else 0
+        cargo = self._carrier.cargo(end, since, covered) if radix.partials and covered else ()
+        if not room and not cargo:
             for hold in holds:
                 radix.unhold(hold)
             return False
-        operations.copy(Purpose.BACKUP, (end, first, room), (DEVICE, HOST), holds, now)
+        operations.copy(Purpose.BACKUP, (end, first, room), (DEVICE, HOST), holds, now, cargo)
         return True
 
     def backed_up(self, operation: Operation, now: float) -> None:
         """The pages of a backup or demotion are READY on host: offer them to storage, once."""
         self._counters.backed_up += operation.count
-        end = operation.end
-        if not self.storage or end is None or end.detached:
+        for part in operation.parts:
+            part.kind.counters.backed_up += len(part.pages)
+        end = deepest = operation.end
+        if not self.storage or end is None or deepest is None or end.detached:
             return
         self._counters.offered += operation.count
         if self._operations.storage_full:
             self._counters.persists_refused += operation.count
             return
-        end = next(fragments(end, operation.first, operation.count))[0]
+        radix, first = self._radix, operation.first
+        if operation.count:
+            end = next(fragments(end, first, operation.count))[0]
         put = self._operations.open(Purpose.PERSIST, now)
-        put.end, put.first, put.count = end, operation.first, operation.count
+        put.end, put.first, put.count = end, first, operation.count
         put.source_tier, put.source = HOST, operation.target
-        put.holds = [self._radix.hold(end, HOST, 0 if self._radix.host_prefix_closed else operation.first)]
-        hashes = self._radix.hashes.of_range(end, operation.first, operation.count)
+        floor = min([first, *(int(part.pages[0]) for part in operation.parts)])
+        put.holds = [radix.hold(end, HOST, 0 if radix.host_prefix_closed else floor)]
+        put.parts = tuple(Part(part.kind, part.pages, part.target, EMPTY) for part in operation.parts)
+        hashes = radix.hashes.of_range(end, first, operation.count) if operation.count else ()
+        spans = [Span(FULL, hashes, put.source)]
+        for part in put.parts:
+            low = int(part.pages[0])
+            chain = radix.hashes.of_range(deepest, low, int(part.pages[-1]) + 1 - low)
+            theirs = tuple(chain[page - low] for page in part.pages.tolist())
+            spans.append(Span(part.kind.kind, theirs, part.source))
         self._storing[put.number] = (self._epoch, hashes)
-        self._operations.send(put, Put(put.number, (Span(FULL, hashes, put.source),)))
+        self._operations.send(put, Put(put.number, tuple(spans)))
 
     def storage_changed(self) -> None:
         """Storage has been attached, detached or cleared: answers to earlier Puts are not about it."""
@@ -119,6 +153,8 @@ class Backup:
         epoch, hashes = self._storing.pop(operation.number)
         self._counters.persisted += len(completion.stored)
         self._counters.persists_refused += operation.count - max(0, min(completion.pages, operation.count))
+        for part, kept in zip(operation.parts, completion.others, strict=False):
+            part.kind.counters.persisted += max(0, min(kept, len(part.pages)))
         announcer, end = self._radix.announcer, operation.end
         if announcer is None or end is None or epoch != self._epoch:
             return

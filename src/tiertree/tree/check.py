@@ -11,19 +11,23 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from ..types import InvariantViolated, Tier
+from ..types import FULL, InvariantViolated, Slots, Tier
+from . import check_partial
 from .core import Core
-from .ledger import NODE_FILLING, NODE_READY, REQUEST_FILLING, Owner, State
-from .node import ABSENT, NO_CHILDREN, Hold, Node, subtree
+from .ledger import NODE_FILLING, NODE_READY, REQUEST_FILLING, Ledger, Owner, State
+from .node import ABSENT, NO_CHILDREN, Hold, Lane, Node, subtree
 from .operation import Purpose
 from .radix import DEVICE, HOST, LANES
+from .victims import Victims
 
 Findings = Iterator[str]
 
 
 def audit(core: Core) -> None:
     """Raise InvariantViolated unless every invariant holds."""
-    found = [f"{name}: {finding}" for name, rule in INVARIANTS.items() for finding in rule(core)]
+    found = [
+        f"{name}: {finding}" for name, rules in INVARIANTS.items() for rule in rules for finding in rule(core)
+    ]
     if found:
         raise InvariantViolated("\n".join(found))
 
@@ -53,7 +57,7 @@ def structure(core: Core) -> Findings:
                     yield f"{node} and its child {child} do not agree"
                 if not child.pages or len(child.edge) != child.pages * size or child.detached:
                     yield f"{child} is empty, torn or detached"
-                for lane in child.lanes:
+                for lane in (*child.lanes, *child.partial):
                     if lane.slots is not None and len(lane.slots) != child.pages:
                         yield f"{child} has slots for {len(lane.slots)} pages"
     if NO_CHILDREN:
@@ -95,37 +99,62 @@ def host_closed(core: Core) -> Findings:
 
 def conservation(core: Core) -> Findings:
     """I5: free + nodes' + requests' + operations' + LOST = capacity; no slot has two owners."""
+    nodes = [*nodes_of(core), *core.radix.detached]
     for tier in LANES:
-        ledger = core.radix.ledgers[tier]
-        lanes = [node.lane(tier) for node in [*nodes_of(core), *core.radix.detached]]
-        owned = [lane.slots[lane.slots >= 0] for lane in lanes if lane.slots is not None]
-        slots = np.concatenate(owned) if owned else np.empty(0, np.int64)
-        if len(np.unique(slots)) != len(slots):
-            yield f"a slot of {tier.name} is in two places of the tree"
-        in_books = set(np.flatnonzero((ledger.book & 3) == Owner.NODE).tolist())
-        if in_books != set(slots.tolist()):
-            yield f"{tier.name}: nodes have {len(slots)} slots, the ledger says {len(in_books)}"
-        stack = ledger.free_slots()
-        if len(set(stack)) != len(stack) or any(ledger.book[slot] for slot in stack):
-            yield f"{tier.name}: the free list names a slot twice, or one that is not free"
-        if ((ledger.tags != 0) != ((ledger.book & 3) == Owner.REQUEST)).any():
-            yield f"{tier.name}: a slot has a tag and no request, or the other way round"
-        if ledger.count(State.FREE) != ledger.free or len(stack) != ledger.free:
-            yield f"{tier.name}: {ledger.free} slots are counted free, {ledger.count(State.FREE)} are"
+        lanes = [node.lane(tier) for node in nodes]
+        yield from _conserved(tier.name, core.radix.ledgers[tier], lanes)
+        for kind in core.radix.partials:
+            lanes = [kind.lane(node, tier) for node in nodes]
+            yield from _conserved(f"{kind.kind} on {tier.name}", kind.ledgers[tier], lanes)
+
+
+def _conserved(name: str, ledger: Ledger, lanes: list[Lane]) -> Findings:
+    owned = [lane.slots[lane.slots >= 0] for lane in lanes if lane.slots is not None]
+    slots = np.concatenate(owned) if owned else np.empty(0, np.int64)
+    if len(np.unique(slots)) != len(slots):
+        yield f"a slot of {name} is in two places of the tree"
+    in_books = set(np.flatnonzero((ledger.book & 3) == Owner.NODE).tolist())
+    if in_books != set(slots.tolist()):
+        yield f"{name}: nodes have {len(slots)} slots, the ledger says {len(in_books)}"
+    stack = ledger.free_slots()
+    if len(set(stack)) != len(stack) or any(ledger.book[slot] for slot in stack):
+        yield f"{name}: the free list names a slot twice, or one that is not free"
+    if ((ledger.tags != 0) != ((ledger.book & 3) == Owner.REQUEST)).any():
+        yield f"{name}: a slot has a tag and no request, or the other way round"
+    if ledger.count(State.FREE) != ledger.free or len(stack) != ledger.free:
+        yield f"{name}: {ledger.free} slots are counted free, {ledger.count(State.FREE)} are"
+
+
+def all_pins(core: Core) -> Iterator[tuple[Ledger, Slots]]:
+    """Every array of slots that something has pinned, with its books: operations in flight, prefetches
+    that wait to land, and of partial kinds leases and load-backs."""
+    for operation in core.operations.in_flight.values():
+        yield from core.operations.named(operation)
+    for prefetch in core.landing.waiting:
+        yield core.radix.ledgers[HOST], prefetch.parcel
+        yield from ((part.kind.ledgers[HOST], part.target) for part in prefetch.parts)
+    for lease in core.leases.values():
+        pins = [*lease.pins.values(), *lease.beyond, *(lease.loading.pins if lease.loading else ())]
+        yield from ((pinned.kind.ledgers[pinned.tier], pinned.slots) for pinned in pins)
 
 
 def pins_and_locks(core: Core) -> Findings:
     """I6: what is leased or pinned is not free, and pins and locks are exactly those of operations,
     leases and load-backs."""
-    for tier in LANES:
-        ledger = core.radix.ledgers[tier]
+    ledgers = [(FULL, tier, core.radix.ledgers[tier]) for tier in LANES]
+    ledgers += [(kind.kind, tier, kind.ledgers[tier]) for kind in core.radix.partials for tier in LANES]
+    for name, tier, ledger in ledgers:
         pins = np.zeros(ledger.capacity, np.int64)
-        for slots in core.pinned_slots(tier):
-            pins[slots] += 1
-        if (pins != ledger.pins).any():
-            yield f"{tier.name}: pins of slots {np.flatnonzero(pins != ledger.pins).tolist()[:8]} are wrong"
+        for books, slots in all_pins(core):
+            if books is ledger:
+                np.add.at(pins, slots, 1)
+        if not np.array_equal(pins, ledger.pins):
+            yield f"{name} on {tier.name}: the pins are not those of what is in flight and leased"
+        pinned = np.count_nonzero(ledger.pins[(ledger.book & 3) == Owner.NODE])
+        if ledger.pinned != pinned:
+            yield f"{name} on {tier.name}: {ledger.pinned} pinned slots of nodes are counted, {pinned} are"
         if (ledger.book[ledger.pins > 0] == 0).any():
-            yield f"{tier.name}: a pinned slot is free"
+            yield f"{name} on {tier.name}: a pinned slot is free"
     locks: Counter[tuple[Node, int]] = Counter()
     for hold in all_holds(core):
         node: Node | None = hold.end
@@ -152,6 +181,7 @@ def all_holds(core: Core) -> Iterator[Hold]:
 def candidates(core: Core) -> Findings:
     """I7: exactly the nodes whose tail may go can be found by eviction."""
     for tier in LANES:
+        yield from _ordered(core.radix.victims[tier])
         queued = set(core.radix.victims[tier].items())
         if len(queued) != core.radix.victims[tier].live:
             yield f"{tier.name}: {len(queued)} candidates are queued, another number is counted"
@@ -168,17 +198,24 @@ def candidates(core: Core) -> Findings:
             yield f"{node} has duplicates that eviction would not find"
 
 
+def _ordered(victims: Victims) -> Findings:
+    """Whoever is to go first comes up first: no entry has a higher score than its node."""
+    for node, queued, now in victims.scores():
+        if queued > now:
+            yield f"{node} is queued for eviction with {queued} and would be with {now}"
+
+
 def boundaries(core: Core) -> Findings:
     """I8: what a lease was promised is READY: on device before its device boundary, on device or host
     before its memory boundary."""
     for lease in core.leases.values():
         for hold, stop, tier in (
-            (lease.device_hold, lease.device_boundary, DEVICE),
+            (lease.device_hold, lease.reach, DEVICE),
             (lease.host_hold, lease.memory_boundary, HOST),
         ):
             node = hold.end if hold is not None else None
             while node is not None and node.pages:
-                first = lease.device_boundary if tier == HOST else 0
+                first = lease.reach if tier == HOST else 0
                 pages = range(max(first - node.start, 0), min(stop - node.start, node.pages))
                 slots = node.lane(tier).slots
                 book = core.radix.ledgers[tier].book
@@ -201,7 +238,12 @@ def demotion(core: Core) -> Findings:
     """I10: while a page is being demoted its device slot still holds the bytes."""
     book = core.radix.ledgers[DEVICE].book
     for operation in core.operations.in_flight.values():
-        if operation.purpose is Purpose.DEMOTE and (book[operation.source] >> 2 != State.READY).any():
+        if operation.purpose is not Purpose.DEMOTE:
+            continue
+        for part in operation.parts:
+            if (part.kind.ledgers[DEVICE].book[part.source] >> 2 != State.READY).any():
+                yield f"operation {operation.number} demotes {part.kind.kind} that is not READY on device"
+        if (book[operation.source] >> 2 != State.READY).any():
             yield f"operation {operation.number} demotes a page that is not READY on device"
 
 
@@ -229,8 +271,7 @@ def counters(core: Core) -> Findings:
 def quiescence(core: Core) -> Findings:
     """I12: with nothing in flight and nothing held, every slot is free or a READY page of a node that
     may go."""
-    requests = any(core.radix.ledgers[tier].count(owner=Owner.REQUEST) for tier in LANES)
-    if core.leases or core.operations.in_flight or requests or core.fetches.parked:
+    if not quiet(core):
         return
     for tier in LANES:
         ledger = core.radix.ledgers[tier]
@@ -242,17 +283,30 @@ def quiescence(core: Core) -> Findings:
         yield f"{len(core.radix.detached)} detached nodes are left though nobody holds them"
 
 
-INVARIANTS: dict[str, Callable[[Core], Findings]] = {
-    "I1": structure,
-    "I2": presence,
-    "I3": device_closed,
-    "I4": host_closed,
-    "I5": conservation,
-    "I6": pins_and_locks,
-    "I7": candidates,
-    "I8": boundaries,
-    "I9": order,
-    "I10": demotion,
-    "I11": counters,
-    "I12": quiescence,
+def quiet(core: Core) -> bool:
+    """Whether nothing is in flight, leased, waiting to land, or in the hands of a request."""
+    ledgers = [*core.radix.ledgers, *(ledger for kind in core.radix.partials for ledger in kind.ledgers)]
+    requests = any(ledger.count(owner=Owner.REQUEST) for ledger in ledgers)
+    return not (core.leases or core.operations.in_flight or requests or core.landing.waiting)
+
+
+def partial_quiescence(core: Core) -> Findings:
+    """I12 for partial kinds."""
+    if quiet(core):
+        yield from check_partial.quiescence(core)
+
+
+INVARIANTS: dict[str, tuple[Callable[[Core], Findings], ...]] = {
+    "I1": (structure,),
+    "I2": (presence, check_partial.presence),
+    "I3": (device_closed,),
+    "I4": (host_closed,),
+    "I5": (conservation,),
+    "I6": (pins_and_locks,),
+    "I7": (candidates, check_partial.candidates),
+    "I8": (boundaries, check_partial.boundaries),
+    "I9": (order,),
+    "I10": (demotion,),
+    "I11": (counters, check_partial.counters),
+    "I12": (quiescence, partial_quiescence),
 }

@@ -10,44 +10,37 @@ calls with the same arguments give the same decisions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from itertools import count
+from math import lcm
+from types import MappingProxyType
 
-import numpy as np
-
-from ..types import ForeignObject, LeaseReleased, Refused, Slots, StaleMatch, Tier, WritePolicy
+from ..types import FULL, ForeignObject, Kind, LeaseReleased, Refused, Slots, StaleMatch, Tier, WritePolicy
 from .actions import Action, Completion
 from .arrivals import Arrivals
 from .backup import Backup
-from .component import Component
 from .counters import Counters
 from .evict import Evictor
-from .fetch import Fetches, Prefetch
+from .fetch import Fetches
 from .insert import Insert, Inserted
 from .journal import Event, Journal
 from .key import Key, KeyMaker
-from .lease import Lease, Match
+from .landing import Landing
+from .lease import Allocated, Lease, Match
 from .ledger import ANYBODY, Ledger, Owner
 from .load import LoadBack, Loads
 from .node import Node
 from .operation import Operation, Operations, Purpose
+from .partial import Partial
+from .prefetch import Prefetch
 from .radix import DEVICE, HOST, Radix
+from .reach import NOWHERE_AT_ALL, Reach, reach
+from .rules import Rules
 from .victims import Policy
+from .window import pin_beyond
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rules:
-    """Everything the tree decides by. Lengths in pages, times in seconds."""
-
-    write_policy: WritePolicy = WritePolicy.WRITE_THROUGH
-    selective_hits: int = 1
-    load_back_pages_min: int = 1
-    load_back_pages_max: int | None = None
-    prefetch_pages_min: int = 1
-    prefetch_pages_in_flight_max: int = 65_536
-    op_deadline_seconds: float = 30.0
-    operations_max: int = 4096
+NOTHING: Mapping[Kind, Slots] = MappingProxyType({})
+"""What an insert brings of partial kinds that brings none."""
 
 
 class Core:
@@ -57,36 +50,42 @@ class Core:
         self,
         keys: KeyMaker,
         ledgers: tuple[Ledger, Ledger],
-        component: Component,
         policy: Policy,
         rules: Rules,
         fingerprint: bytes,
         journal: Journal | None = None,
+        partials: tuple[Partial, ...] = (),
     ) -> None:
         self.rules = rules
         self.counters = Counters()
         closed = rules.write_policy is not WritePolicy.WRITE_BACK
-        self.radix = Radix(keys, ledgers, policy, closed, fingerprint, journal)
+        self.radix = Radix(keys, ledgers, policy, closed, fingerprint, journal, partials)
         self.operations = Operations(self.radix, rules.op_deadline_seconds, rules.operations_max)
         self.evictor = Evictor(self.radix, self.operations, self.counters, write_back=not closed)
         self.backup = Backup(
-            self.radix, self.operations, self.evictor, self.counters, rules.write_policy, rules.selective_hits
+            self.radix,
+            self.operations,
+            self.evictor,
+            self.counters,
+            rules.write_policy,
+            rules.selective_hits,
         )
         self.arrivals = Arrivals(self.radix, self.operations, self.counters, self._settled)
         self.loads = Loads(
             self.radix, self.operations, self.counters, rules.load_back_pages_min, rules.load_back_pages_max
         )
+        self.landing = Landing(self.radix, self.backup, self.counters)
         self.fetches = Fetches(
             self.radix,
             self.operations,
             self.evictor,
-            self.backup,
-            self.counters,
+            self.landing,
             rules.prefetch_pages_min,
             rules.prefetch_pages_in_flight_max,
         )
         self.leases: dict[int, Lease] = {}
-        self._component = component
+        self.kinds = {partial.kind: partial for partial in partials}
+        self._grid = lcm(*(partial.grid for partial in partials))
         self._insert = Insert(self.radix)
         self._numbers = count(ANYBODY + 1)
         self._now = 0.0
@@ -102,25 +101,28 @@ class Core:
         if partial is not None:
             path.append(radix.split(partial, inside))
         if not path:
-            return Match(key, None, 0, 0, 0, radix.version)
+            return Match(key, None, NOWHERE_AT_ALL, 1, radix.version)
         for node in path:
             node.last_used = now
             node.hits += 1
-        device, memory = self._component.reach(path, node.pages)
         if self.backup.enabled and self.backup.offer(node, now):
             radix.version += 1
-        return Match(key, node, device, memory, memory, radix.version)
+        found = reach(radix, path, node.pages)
+        return Match(key, node, found, self._grid, radix.version)
 
     def peek(self, key: Key) -> Match:
         """`match` that changes nothing: no split, no recency, no hit. O(pages + nodes)."""
-        radix = self.radix
-        path, partial, inside = radix.walk(key)
+        end, found = self._reach(key)
+        return Match(key, end, found, self._grid, self.radix.version)
+
+    def _reach(self, key: Key) -> tuple[Node | None, Reach]:
+        """The deepest node that has pages of `key`, and how far it can be continued from."""
+        path, partial, inside = self.radix.walk(key)
         if partial is not None:
             path.append(partial)
         if not path:
-            return Match(key, None, 0, 0, 0, radix.version)
-        device, memory = self._component.reach(path, inside or path[-1].pages)
-        return Match(key, path[-1], device, memory, memory, radix.version)
+            return None, NOWHERE_AT_ALL
+        return path[-1], reach(self.radix, path, inside or path[-1].pages)
 
     def acquire(self, match: Match, close: Callable[[Lease], None]) -> Lease:
         """Lock what `match` found: device slots up to its device boundary, host slots from there to its
@@ -132,18 +134,36 @@ class Core:
         lease = Lease(next(self._numbers), match.key, self.epoch, close)
         lease.device_boundary = match.device_boundary
         lease.memory_boundary = match.memory_boundary
+        lease.reach = min(match.full_device, match.memory_boundary)
         end = match.end
-        if end is not None and match.memory_boundary > match.device_boundary:
-            host_end = self.loads.node_at(end, match.memory_boundary)
-            end = host_end
-            if match.device_boundary:
-                self.loads.node_at(end, match.device_boundary)
-            floor = 0 if radix.host_prefix_closed else match.device_boundary
-            lease.host_hold = radix.hold(host_end, HOST, floor)
-        if end is not None and match.device_boundary:
-            lease.device_hold = radix.hold(self.loads.node_at(end, match.device_boundary), DEVICE)
+        if end is not None and match.memory_boundary > lease.reach:
+            end = self.loads.node_at(end, match.memory_boundary)
+            if lease.reach:
+                self.loads.node_at(end, lease.reach)
+            lease.host_hold = radix.hold(end, HOST, 0 if radix.host_prefix_closed else lease.reach)
+        if end is not None and lease.reach:
+            lease.device_hold = radix.hold(self.loads.node_at(end, lease.reach), DEVICE)
+        if radix.partials:
+            lease.pin_windows(radix.partials)
+            if lease.end is not None and lease.memory_boundary > lease.device_boundary:
+                for kind in radix.partials:
+                    lease.beyond += pin_beyond(kind, lease.end, lease.memory_boundary)
         self.leases[lease.number] = lease
         return lease
+
+    def release_window(self, lease: Lease, kind: Kind) -> None:
+        """Give the part of `lease` that is of a partial kind back early; a load-back under way is not waited
+        for, since it would need it. Raises LeaseReleased the second time, until the lease has moved."""
+        lease.window(kind)
+        if lease.loading is not None:
+            self.loads.abandon(lease.loading)
+        lease.returned.add(kind)
+        if kind in lease.pins:
+            lease.pins.pop(kind).unpin(lease.end)
+        for pinned in [each for each in lease.beyond if each.kind.kind == kind]:
+            lease.beyond.remove(pinned)
+            pinned.unpin(lease.end)
+        self.radix.version += 1
 
     def release(self, lease: Lease) -> None:
         """Give back everything that `lease` holds, exactly once."""
@@ -153,38 +173,57 @@ class Core:
         del self.leases[lease.number]
         if lease.loading is not None:
             self.loads.abandon(lease.loading)
+        lease.unpin_windows()
+        lease.unpin_beyond(lease.end)
         for hold in (lease.host_hold, lease.device_hold):
             if hold is not None:
                 self.radix.unhold(hold)
-        if lease.allocated:
-            slots = np.concatenate(lease.allocated)
-            mine = slots[self.radix.ledgers[DEVICE].tags[slots] == lease.number]
-            lease.allocated = []
-            if len(mine):
-                self.radix.drop(DEVICE, np.unique(mine))
+        for kind, allocated in lease.allocated.items():
+            ledger = self.ledger(kind, DEVICE)
+            left = allocated.left(ledger.tags, lease.number)
+            if len(left):
+                ledger.drop(left)
+        lease.allocated = {}
 
     # -- growing ----------------------------------------------------------------------------------
 
-    def take(self, pages: int, lease: Lease | None) -> Slots | None:
-        """`pages` device slots for a request; None if not as many are free."""
+    def ledger(self, kind: Kind, tier: Tier) -> Ledger:
+        """The books of `kind` on `tier`. Raises ForeignObject for a kind that the cache does not have."""
+        if kind == FULL:
+            return self.radix.ledgers[tier]
+        if kind not in self.kinds:
+            raise ForeignObject(f"this cache has no kind {kind!r}; allowed: {[FULL, *self.kinds]}")
+        return self.kinds[kind].ledgers[tier]
+
+    def _partial(self, kind: Kind) -> Partial:
+        if kind not in self.kinds:
+            raise ForeignObject(f"{kind!r} is no partial kind of this cache; allowed: {[*self.kinds]}")
+        return self.kinds[kind]
+
+    def take(self, pages: int, lease: Lease | None, kind: Kind = FULL) -> Slots | None:
+        """`pages` device slots of `kind` for a request; None if not as many are free."""
         tag = lease.number if lease is not None else ANYBODY
-        slots = self.radix.ledgers[DEVICE].take(pages, Owner.REQUEST, tag)
+        ledger = self.ledger(kind, DEVICE)
+        slots = ledger.take(pages, Owner.REQUEST, tag)
         if slots is not None and lease is not None:
-            lease.allocated.append(slots)
-            if len(lease.allocated) > lease.allocated_max:
-                lease.forget_given_away(self.radix.ledgers[DEVICE].tags)
+            if kind not in lease.allocated:
+                lease.allocated[kind] = Allocated()
+            lease.allocated[kind].add(slots, ledger.tags, tag)
         return slots
 
-    def give_back(self, slots: Slots, lease: Lease | None) -> None:
+    def give_back(self, slots: Slots, lease: Lease | None, kind: Kind = FULL) -> None:
         """Slots that were taken for `lease` (None: for none) and not inserted. Raises InvalidSlots."""
-        self._insert.check(slots, None, lease.number if lease is not None else ANYBODY)
-        self.radix.drop(DEVICE, slots)
+        ledger = self.ledger(kind, DEVICE)
+        self._insert.check(ledger, slots, None, lease.number if lease is not None else ANYBODY)
+        ledger.drop(slots)
 
-    def insert(self, key: Key, slots: Slots, lease: Lease | None, now: float) -> Inserted | Refused:
+    def insert(
+        self, key: Key, slots: Slots, lease: Lease | None, now: float, partial: Mapping[Kind, Slots] = NOTHING
+    ) -> Inserted | Refused:
         """Put pages `first ..` of `key` into the tree, `first` being the lease's device boundary, and
         move the lease to the end of `key`. Refused, with nothing changed, when the leased prefix was
         cleared meanwhile. Raises InvalidSlots, and ForeignObject for a key that does not begin with the
-        pages that the lease covers. O(pages + nodes)."""
+        pages that the lease covers, or for an unknown kind. O(pages + nodes)."""
         first = lease.device_boundary if lease is not None else 0
         hold = lease.device_hold if lease is not None else None
         if lease is not None and not self._extends(key, lease):
@@ -193,8 +232,23 @@ class Core:
             return Refused("the leased prefix was cleared")
         if lease is not None and lease.epoch != self.epoch:
             return Refused("the weights have changed since this lease was acquired")
-        self._insert.check(slots, key.pages - first, lease.number if lease is not None else ANYBODY)
-        end, existing = self._insert.insert(key, slots, first, now, hold.end if hold is not None else None)
+        tag, pages = lease.number if lease is not None else ANYBODY, key.pages - first
+        brought = (
+            [
+                self._insert.check_partial(self._partial(name), theirs, pages, tag)
+                for name, theirs in partial.items()
+            ]
+            if partial
+            else ()
+        )
+        self._insert.check(self.radix.ledgers[DEVICE], slots, pages, tag)
+        mine = hold.end if hold is not None else None
+        end, existing, depth = self._insert.insert(key, slots, first, now, mine)
+        if end is not None and self.radix.partials:
+            plain = [self._insert.fill(each, end, first, depth) for each in brought]
+            if len(plain) == len(self.radix.partials) and all(plain):
+                end.partial.dead = 0
+            self.radix.offer(end, DEVICE)
         self.radix.version += 1
         if lease is not None and end is not None:
             self._move(lease, key, end)
@@ -213,27 +267,36 @@ class Core:
         if lease.loading is not None:
             self.loads.abandon(lease.loading)
         old = (lease.device_hold, lease.host_hold)
+        lease.unpin_beyond(lease.end)
         lease.key = key
         lease.device_hold, lease.host_hold = self.radix.hold(end, DEVICE), None
-        lease.device_boundary = lease.memory_boundary = key.pages
+        lease.device_boundary = lease.memory_boundary = lease.reach = key.pages
+        if self.radix.partials:
+            lease.pin_windows(self.radix.partials)
         for hold in old:
             if hold is not None:
                 self.radix.unhold(hold)
 
     # -- shrinking --------------------------------------------------------------------------------
 
-    def evict(self, tier: Tier, pages: int, now: float) -> tuple[int, int]:
+    def evict(self, tier: Tier, pages: int, now: float, kind: Kind = FULL) -> tuple[int, int]:
         """Evict towards `pages` free slots; returns (freed now, pending). Never waits (I10)."""
-        return self.evictor.evict(tier, pages, now)
+        if kind == FULL:
+            return self.evictor.evict(tier, pages, now)
+        return self.evictor.thinner.evict(self.kinds[kind], tier, pages, now)
 
-    def reclaimable(self, tier: Tier) -> int:
+    def reclaimable(self, tier: Tier, kind: Kind = FULL) -> int:
         """Pages on `tier` that nobody holds (I11)."""
-        return self.radix.resident[tier] - self.radix.protected[tier]
+        if kind == FULL:
+            return self.radix.resident[tier] - self.radix.protected[tier]
+        return self.kinds[kind].resident[tier] - self.kinds[kind].protected(tier)
 
-    def within_reach(self, tier: Tier) -> int:
+    def within_reach(self, tier: Tier, kind: Kind = FULL) -> int:
         """How many more slots of `tier` could become free, however what is in flight may end."""
-        ledger = self.radix.ledgers[tier]
-        return ledger.capacity - ledger.free if self.operations.touch(tier) else self.reclaimable(tier)
+        ledger = self.ledger(kind, tier)
+        if self.operations.touch(tier):
+            return ledger.capacity - ledger.free
+        return self.reclaimable(tier, kind)
 
     def clear(self, namespace: str | None, now: float) -> None:
         """Forget every page of `namespace` (None: of all) in memory. Leased and pinned slots go home at
@@ -267,8 +330,8 @@ class Core:
 
     def prefetch(self, key: Key, now: float) -> Prefetch | Refused:
         """Ask storage for what memory lacks of `key`. O(pages)."""
-        match = self.peek(key)
-        return self.fetches.start(key, match.end, match.memory_boundary, now)
+        _, found = self._reach(key)
+        return self.fetches.start(key, found, now)
 
     def load_back(self, lease: Lease, now: float) -> LoadBack | Refused:
         """Start bringing the lease's host pages to device. O(pages)."""
@@ -321,7 +384,7 @@ class Core:
                 if operation.target_tier == HOST:
                     self.evictor.health.failed(now, late=True)
                 self.arrivals.late(operation)
-        self.fetches.retry(now)
+        self.landing.retry(now)
 
     def _settled(self, operation: Operation, ok: bool) -> None:
         if operation.purpose is Purpose.LOAD_BACK:
@@ -335,13 +398,3 @@ class Core:
         """Whether the executor is done with this operation (it may still wait for another)."""
         operation = self.operations.in_flight.get(number)
         return operation is None or operation.arrived
-
-    def pinned_slots(self, tier: Tier) -> Iterator[Slots]:
-        """The slots of `tier` that something in flight may touch, one array for each such thing."""
-        for operation in self.operations.in_flight.values():
-            if operation.source_tier == tier:
-                yield operation.source
-            if operation.target_tier == tier:
-                yield operation.target
-        if tier == HOST:
-            yield from self.fetches.parked

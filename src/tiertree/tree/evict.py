@@ -15,17 +15,19 @@ from __future__ import annotations
 import numpy as np
 
 from ..types import Slots, Tier
+from .carry import Carrier
 from .counters import Counters
 from .health import Health
 from .node import Lane, Node, subtree
 from .operation import Operation, Operations, Purpose
 from .radix import DEVICE, EMPTY, HOST, LANES, Radix
+from .thin import Thinner
 
 
 class Evictor:
     """Evicts from either in-memory tier. `write_back`: device pages go to host before they go."""
 
-    __slots__ = ("_counters", "_operations", "_radix", "_write_back", "health")
+    __slots__ = ("_counters", "_operations", "_radix", "_write_back", "carrier", "health", "thinner")
 
     def __init__(self, radix: Radix, operations: Operations, counters: Counters, write_back: bool) -> None:
         self._radix = radix
@@ -33,6 +35,8 @@ class Evictor:
         self._counters = counters
         self._write_back = write_back
         self.health = Health()
+        self.thinner = Thinner(radix, operations, self.health, write_back)
+        self.carrier = Carrier(radix, self.thinner)
 
     def evict(self, tier: Tier, count: int, now: float) -> tuple[int, int]:
         """Make `count` slots of `tier` free. Returns (slots free now that were not, pages being copied
@@ -54,28 +58,31 @@ class Evictor:
 
     def _evict_device(self, count: int) -> int:
         radix = self._radix
+        partials = radix.partials
         alone = not radix.has_host and radix.announcer is None
         gone: list[Slots] = []
+        along: list[list[Slots]] = [[] for _ in partials]
         need, removed, whole = count, 0, 0
         for node, lane in radix.victims[DEVICE].candidates():
             resident = lane.count
-            if alone and resident <= need and resident == node.pages:
+            dead = radix.dead_on(node, DEVICE) if partials else 0
+            if alone and resident <= need and resident == node.pages and (not dead or dead == resident):
                 assert lane.slots is not None
                 gone.append(lane.slots)
-                radix.unlink(node, lane)
+                radix.unlink(node, lane, along)
                 removed += 1
                 whole += resident
                 need -= resident
             else:
-                take = min(need, resident)
+                take = min(need, dead or resident)
                 gone.append(radix.detach(node, DEVICE, resident - take, resident))
+                radix.shrink(node)
                 if lane.count:
                     radix.victims[DEVICE].push(node)
-                radix.shrink(node)
                 need -= take
             if need <= 0:
                 break
-        radix.unlinked(removed, whole)
+        radix.unlinked(removed, whole, along)
         return self._gone(DEVICE, gone)
 
     def _gone(self, tier: Tier, gone: list[Slots]) -> int:
@@ -94,9 +101,9 @@ class Evictor:
         for node, lane in radix.victims[HOST].candidates() if need > 0 else ():
             gone.append(self._host_tail(node, lane, need))
             need -= len(gone[-1])
+            radix.shrink(node)
             if lane.count:
                 radix.victims[HOST].push(node)
-            radix.shrink(node)
             if need <= 0:
                 break
         return self._gone(HOST, gone)
@@ -104,7 +111,8 @@ class Evictor:
     def _host_tail(self, node: Node, lane: Lane, need: int) -> Slots:
         assert lane.slots is not None
         resident = np.flatnonzero(lane.slots >= 0)
-        low = int(resident[-min(need, len(resident))])
+        dead = self._radix.dead_on(node, HOST)
+        low = int(resident[-min(need, dead or len(resident))])
         return self._radix.detach(node, HOST, low, node.pages)
 
     def _duplicates(self, count: int) -> list[Slots]:
@@ -136,12 +144,15 @@ class Evictor:
             if self._operations.full:
                 skipped.append(node)
                 break
-            need = count - freed - pending
             high = lane.count
-            backed = self._backed_up_tail(node, high)
-            if backed:
-                slots = radix.detach(node, DEVICE, high - min(backed, need), high)
-                freed += self._gone(DEVICE, [slots])
+            need = count - freed - pending
+            if dead := radix.dead_on(node, DEVICE):
+                need = min(need, dead)
+            backed = min(self._backed_up_tail(node, high), need)
+            if backed and self._save_others(node, high - backed, high, now):
+                skipped.append(node)
+            elif backed:
+                freed += self._gone(DEVICE, [radix.detach(node, DEVICE, high - backed, high)])
             else:
                 low = max(high - need, self._bare_from(node, high))
                 first = self._up_to(node, node.start + low, node.start + high, need)
@@ -214,8 +225,22 @@ class Evictor:
             return 0
         first = stop - room
         holds = [hold, radix.hold(end, HOST, first)]
-        operations.copy(Purpose.DEMOTE, (end, first, room), (DEVICE, HOST), holds, now)
+        cargo = self.carrier.cargo(end, first, stop) if radix.partials else ()
+        operations.copy(Purpose.DEMOTE, (end, first, room), (DEVICE, HOST), holds, now, cargo)
         return room
+
+    def _save_others(self, node: Node, low: int, high: int, now: float) -> bool:
+        """FULL is on host for pages `low .. high` of `node`: copy there what partial kinds would lose with
+        them. Returns whether a copy was started; then these pages follow once it is done."""
+        radix, first, stop = self._radix, node.start + low, node.start + high
+        if not node.partial or self._operations.full or not self.health.well(now):
+            return False
+        cargo = self.carrier.cargo(node, first, stop)
+        if not cargo:
+            return False
+        holds = [radix.hold(node, DEVICE), radix.hold(node, HOST, first)]
+        self._operations.copy(Purpose.DEMOTE, (node, first, 0), (DEVICE, HOST), holds, now, cargo)
+        return True
 
     def _drop_tail(self, node: Node, page: int) -> int:
         """Drop page `page` of `node`, the last on device, and everything after it. Returns the device
@@ -239,16 +264,17 @@ class Evictor:
         """The bytes are on host: the device slots go, unless somebody wants them again (I10)."""
         radix = self._radix
         assert operation.end is not None
+        self.thinner.finish_demotion(operation)
         gone: list[Slots] = []
         node: Node | None = operation.end
-        while node is not None and node.end > operation.first:
+        while operation.count and node is not None and node.end > operation.first:
             parent, lane = node.parent, node.device
             if not lane.locks and not lane.below and not node.detached:
                 low = max(operation.first - node.start, 0)
                 ours = (
                     lane.slots is not None and np.isin(lane.slots[low : lane.count], operation.source).all()
                 )
-                if ours and lane.count > low:
+                if ours and lane.count > low and not self.carrier.leaves_behind(node, low):
                     gone.append(radix.detach(node, DEVICE, low, lane.count))
             node = parent
         self._gone(DEVICE, gone or [EMPTY])

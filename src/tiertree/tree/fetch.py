@@ -1,93 +1,42 @@
-"""Prefetch: storage → host for the pages of a key behind what memory holds.
+"""Prefetch: storage → host for what memory lacks of a key.
 
     start ──Query──▶ hit length known ──room on host, Get──▶ pages arrive in order ──▶ land
       │                 │ too short: settled, 0 pages           │ stop rule: land what is there,
       │ too short, too many under way: Refused                  │ cancel the rest
 
-The host slots belong to the operation until it lands. Then the path is walked again: what has come to
-host meanwhile is freed, pages on device gain a host copy where I4 allows, new pages are grafted on,
-and if the place to attach is gone everything is freed.
+FULL is read page by page from where memory ends. Of a partial kind exactly what the boundary needs is
+read, all of it or nothing. Where it all goes is for `landing.py` to say.
 """
 
 from __future__ import annotations
 
-from enum import StrEnum
-
 import numpy as np
+from numpy.typing import NDArray
 
-from ..types import FULL, Refused, Slots
+from ..types import FULL, Kind, Refused, Slots
 from .actions import Completion, Get, Query, Span
-from .backup import Backup
-from .counters import Counters
 from .evict import Evictor
-from .journal import runs
 from .key import Key
-from .ledger import OPERATION_FILLING, Owner
+from .landing import Landing
+from .ledger import Ledger, Owner
 from .node import Node
-from .operation import Operation, Operations, Purpose
+from .operation import Operation, Operations, Part, Purpose
+from .partial import Partial, boundary_of
+from .prefetch import Prefetch, Stage
 from .radix import EMPTY, HOST, Radix
-
-
-class Stage(StrEnum):
-    """Where a prefetch is."""
-
-    ASKING = "asking"
-    READING = "reading"
-    LANDING = "landing"
-    SETTLED = "settled"
-
-
-class Prefetch:
-    """One prefetch of pages `first .. first+wanted` of `key`. `landed` pages of it are in the tree.
-
-    `parcel` are the slots that have arrived and wait for their place, still pinned.
-    """
-
-    __slots__ = (
-        "arrived",
-        "asked_parent",
-        "first",
-        "hashes",
-        "key",
-        "landed",
-        "operation",
-        "parcel",
-        "stage",
-        "started",
-        "unwanted",
-        "wanted",
-    )
-
-    def __init__(self, key: Key, first: int, hashes: tuple[bytes, ...], started: float) -> None:
-        self.key = key
-        self.first = first
-        self.hashes = hashes
-        self.wanted = len(hashes)
-        self.started = started
-        self.arrived = 0
-        self.landed = 0
-        self.parcel: Slots = EMPTY
-        self.stage = Stage.ASKING
-        self.operation: Operation | None = None
-        self.asked_parent = False
-        self.unwanted = False
-
-    def __repr__(self) -> str:
-        return f"Prefetch({self.stage}, {self.landed} of {self.wanted} pages from page {self.first})"
+from .reach import Reach
+from .window import spared
 
 
 class Fetches:
     """Starts prefetches and lands them."""
 
     __slots__ = (
-        "_backup",
-        "_counters",
         "_evictor",
+        "_landing",
         "_operations",
-        "_parked",
         "_radix",
         "_running",
-        "_seen",
         "pages_in_flight_max",
         "pages_min",
         "storage",
@@ -98,60 +47,64 @@ class Fetches:
         radix: Radix,
         operations: Operations,
         evictor: Evictor,
-        backup: Backup,
-        counters: Counters,
+        landing: Landing,
         pages_min: int,
         pages_in_flight_max: int,
     ) -> None:
         self._radix = radix
         self._operations = operations
         self._evictor = evictor
-        self._backup = backup
-        self._counters = counters
-        self.pages_min = pages_min
+        self._landing = landing
+        self.pages_min = max(pages_min, 1)
         self.pages_in_flight_max = pages_in_flight_max
         self.storage = False
         self._running: dict[int, Prefetch] = {}
-        self._parked: list[Prefetch] = []
-        self._seen = -1
 
     @property
     def pages_in_flight(self) -> int:
         """Pages asked for, or arrived and waiting for their place. O(prefetches)."""
-        waiting = sum(len(each.parcel) for each in self._parked)
-        return waiting + sum(each.wanted for each in self._running.values())
+        return self._landing.pages + sum(each.wanted for each in self._running.values())
 
-    @property
-    def parked(self) -> list[Slots]:
-        """Slots of prefetched pages that wait for the page before them."""
-        return [each.parcel for each in self._parked]
-
-    def start(self, key: Key, end: Node | None, first: int, now: float) -> Prefetch | Refused:
-        """Ask storage for the pages of `key` from `first` on, where memory ends; `end` is the deepest
-        node of its path. O(pages)."""
-        wanted = key.pages - first
+    def start(self, key: Key, reach: Reach, now: float) -> Prefetch | Refused:
+        """Ask storage for what memory, which has `reach` of it, lacks of `key`. O(pages)."""
+        _, memory, _, full = reach
+        wanted = key.pages - memory
         if not self.storage:
             return Refused("no storage is attached")
-        if wanted < max(self.pages_min, 1):
-            return Refused(f"{wanted} pages are fewer than the minimum of {max(self.pages_min, 1)}")
+        if wanted < self.pages_min:
+            return Refused(f"{wanted} pages are fewer than the minimum of {self.pages_min}")
         if self.pages_in_flight + wanted > self.pages_in_flight_max:
             return Refused(
                 f"{self.pages_in_flight} pages are being prefetched; the limit is {self.pages_in_flight_max}"
             )
         if self._operations.storage_full:
             return Refused("too many operations in flight")
-        hashes = self._hashes(key, end, first)
-        prefetch = Prefetch(key, first, hashes, now)
+        kinds = self._radix.partials
+        end, depth = self._radix.find(key)
+        low = min([full, *(kind.since(memory + 1) for kind in kinds)])
+        prefetch = Prefetch(key, full, low, self._hashes(key, end, low), now)
+        prefetch.wanted = wanted
+        prefetch.asked = [(kind, self._lacking(kind, key, memory, end, depth)) for kind in kinds]
         operation = self._operations.open(Purpose.QUERY, now)
         prefetch.operation = operation
         self._running[operation.number] = prefetch
-        self._operations.send(operation, Query(operation.number, hashes, (FULL,)))
+        asked: list[tuple[Kind, tuple[bytes, ...]]] = [(FULL, prefetch.hashes[full - low :])]
+        asked += [(kind.kind, prefetch.of(pages)) for kind, pages in prefetch.asked]
+        self._operations.send(operation, Query(operation.number, tuple(asked)))
         return prefetch
 
     def _hashes(self, key: Key, end: Node | None, first: int) -> tuple[bytes, ...]:
         if end is None or not first:
             return self._radix.hashes.of_key(key)
         return self._radix.hashes.behind(end, first, key)
+
+    @staticmethod
+    def _lacking(kind: Partial, key: Key, memory: int, end: Node | None, depth: int) -> Slots:
+        """Depths of the pages that a deeper boundary than `memory` may need and memory has not."""
+        low = kind.since(memory + 1)
+        lacking = np.flatnonzero(~kind.in_memory(end, depth, key.pages)[low:]) + low
+        on_grid: Slots = lacking[(lacking + 1) % kind.grid == 0]
+        return on_grid
 
     # -- what storage answers ---------------------------------------------------------------------
 
@@ -164,50 +117,101 @@ class Fetches:
             return
         if operation.purpose is Purpose.FETCH:
             prefetch.arrived = max(0, min(completion.pages, len(operation.target)))
+            prefetch.others = completion.others
         if not completion.final:
             return
         del self._running[operation.number]
         if operation.purpose is Purpose.QUERY:
             self._operations.finish(operation)
-            self._read(prefetch, min(completion.pages, prefetch.wanted), now)
+            self._read(prefetch, completion, now)
         else:
             self._carve(prefetch, operation)
             self._operations.finish(operation)
-            self._land(prefetch, now)
+            self._landing.land(prefetch, now)
 
-    def _read(self, prefetch: Prefetch, hit: int, now: float) -> None:
-        """The hit length is known: take host memory for it and read."""
-        least = max(self.pages_min, 1)
-        room = self._room(prefetch, hit) if hit >= least and not self._operations.storage_full else 0
-        if room < least or prefetch.unwanted:
+    def _read(self, prefetch: Prefetch, found: Completion, now: float) -> None:
+        """What storage has is known: take host memory for what is worth reading, and read."""
+        planned = None
+        if not prefetch.unwanted and not self._operations.storage_full:
+            planned = self._plan(prefetch, found)
+        if planned is None:
             prefetch.stage = Stage.SETTLED
             return
+        count, lacking = planned
         operation = self._operations.open(Purpose.FETCH, now)
-        target = self._radix.ledgers[HOST].take(room, Owner.OPERATION)
-        assert target is not None
-        operation.target_tier, operation.target = HOST, target
-        operation.first, operation.count = prefetch.first, room
-        prefetch.operation, prefetch.stage, prefetch.wanted = operation, Stage.READING, room
+        operation.target_tier = HOST
+        operation.first, operation.count = prefetch.first, count
+        operation.target = self._take(self._radix.ledgers[HOST], count)
+        operation.parts = tuple(
+            Part(kind, pages, EMPTY, self._take(kind.ledgers[HOST], len(pages))) for kind, pages in lacking
+        )
+        prefetch.operation, prefetch.stage = operation, Stage.READING
+        if not self._radix.partials:
+            prefetch.wanted = count
         self._running[operation.number] = prefetch
-        self._operations.send(operation, Get(operation.number, (Span(FULL, prefetch.hashes[:room], target),)))
+        at = prefetch.first - prefetch.low
+        spans = [Span(FULL, prefetch.hashes[at : at + count], operation.target)]
+        spans += [Span(part.kind.kind, prefetch.of(part.pages), part.target) for part in operation.parts]
+        self._operations.send(operation, Get(operation.number, tuple(spans)))
 
-    def _room(self, prefetch: Prefetch, wanted: int) -> int:
-        """Host slots for it, without evicting the path it will be attached to."""
-        path, partial, _ = self._radix.walk(prefetch.key)
-        end = partial or (path[-1] if path else None)
+    @staticmethod
+    def _take(ledger: Ledger, count: int) -> Slots:
+        slots = ledger.take(count, Owner.OPERATION)
+        assert slots is not None
+        return slots
+
+    def _plan(self, prefetch: Prefetch, found: Completion) -> tuple[int, list[tuple[Partial, Slots]]] | None:
+        """How many pages of FULL to read, and which of each partial kind; None if it is not worth it, or
+        host has no room. O(pages)."""
+        first, key = prefetch.first, prefetch.key
+        hit = first + max(0, min(found.pages, key.pages - first))
+        end, depth = self._radix.find(key)
+        have = [(kind, kind.in_memory(end, depth, key.pages)) for kind in self._radix.partials]
+        before = min(boundary_of(have, depth), first)
+        there = [(kind, mask | self._held(prefetch, found, at)) for at, (kind, mask) in enumerate(have)]
+        goal = boundary_of(there, hit)
+        if goal - before >= self.pages_min:
+            goal = boundary_of(there, min(goal, first + self._room(end, goal - first)))
+        if goal - before < self.pages_min:
+            return None
+        lacking = []
+        for kind, mask in have:
+            low = kind.since(goal)
+            pages = np.flatnonzero(~mask[low:goal]) + low
+            with spared(kind, end, np.arange(low, min(goal, depth))):
+                if self._evictor.thinner.room_on_host(kind, len(pages)) < len(pages):
+                    return None
+            lacking.append((kind, pages))
+        return max(0, goal - first), lacking
+
+    @staticmethod
+    def _held(prefetch: Prefetch, found: Completion, at: int) -> NDArray[np.bool_]:
+        """Which pages of partial kind `at` storage has said it holds, one entry for each page of the key."""
+        held = np.zeros(prefetch.key.pages, bool)
+        if at < len(found.held):
+            pages = prefetch.asked[at][1]
+            answer = np.frombuffer(found.held[at], np.uint8)[: len(pages)] == 1
+            held[pages[: len(answer)][answer]] = True
+        return held
+
+    def _room(self, end: Node | None, wanted: int) -> int:
+        """Host slots of FULL for it, without evicting the path to `end` that it will be attached to."""
+        if wanted <= 0:
+            return 0
         hold = self._radix.hold(end, HOST) if end is not None else None
         room = min(self._evictor.room_on_host(wanted), wanted)
         if hold is not None:
             self._radix.unhold(hold)
         return room
 
+    # -- stopping ---------------------------------------------------------------------------------
+
     def late(self, operation: Operation, now: float) -> None:
         """Past its deadline: what has arrived lands, the rest is LOST until the operation comes home."""
         prefetch = self._running.get(operation.number)
         if prefetch is not None:
             self.stop(prefetch, now)
-        if len(operation.target):
-            self._radix.ledgers[HOST].lose(operation.target)
+        self._operations.lose(operation)
 
     def stop(self, prefetch: Prefetch, now: float) -> None:
         """Do not wait any longer: land what has arrived and cancel the rest. What must wait for the page
@@ -216,120 +220,30 @@ class Fetches:
         if operation is not None and self._running.pop(operation.number, None) is not None:
             self._operations.cancel(operation)
             self._carve(prefetch, operation)
-            self._land(prefetch, now)
+            self._landing.land(prefetch, now)
         prefetch.stage = Stage.SETTLED
 
     def forget(self, prefetch: Prefetch, now: float) -> None:
         """Nobody wants it any more (an aborted request, a clear): whatever arrives is freed."""
         prefetch.unwanted = True
-        self._seen = -1
+        self._landing.look_again()
         self.stop(prefetch, now)
 
     def forget_all(self, namespace: str | None, now: float) -> None:
         """Forget every prefetch of `namespace` (None: of all)."""
-        for prefetch in [*self._running.values(), *self._parked]:
+        for prefetch in [*self._running.values(), *self._landing.waiting]:
             if namespace is None or prefetch.key.namespace == namespace:
                 self.forget(prefetch, now)
-        self.retry(now)
+        self._landing.retry(now)
 
-    # -- landing ----------------------------------------------------------------------------------
-
-    def _carve(self, prefetch: Prefetch, operation: Operation) -> None:
+    @staticmethod
+    def _carve(prefetch: Prefetch, operation: Operation) -> None:
         """Part what has arrived from what the operation may still write to."""
         prefetch.parcel = operation.target[: prefetch.arrived]
         operation.target = operation.target[prefetch.arrived :]
-
-    def retry(self, now: float) -> None:
-        """Land what was waiting for the page before it, if anything has changed since the last look."""
-        if not self._parked or self._seen == self._radix.version:
-            return
-        self._seen = self._radix.version
-        parked, self._parked = self._parked, []
-        for prefetch in parked:
-            self._land(prefetch, now)
-
-    def _land(self, prefetch: Prefetch, now: float) -> None:
-        """Give the parcel its place in the tree, keep it waiting, or free it."""
-        parcel = prefetch.parcel
-        stop = prefetch.first + len(parcel)
-        key = prefetch.key.head(stop)
-        path, partial, inside = self._radix.walk(key)
-        depth = partial.start + inside if partial is not None else (path[-1].end if path else 0)
-        attached = 0
-        if len(parcel) and not prefetch.unwanted and depth >= prefetch.first:
-            if partial is not None:
-                path.append(self._radix.split(partial, inside))
-            if self._radix.host_prefix_closed and self._must_wait(prefetch, path, stop, now):
-                if prefetch.stage is not Stage.SETTLED:
-                    prefetch.stage = Stage.LANDING
-                self._parked.append(prefetch)
-                return
-            attached = self._attach(prefetch, key, path, now)
-            prefetch.landed = len(parcel) if attached else 0
-        self._counters.prefetched += attached
-        self._counters.prefetch_discarded += len(parcel) - attached
-        self._radix.ledgers[HOST].unpin(parcel)
-        prefetch.parcel = EMPTY
-        prefetch.stage = Stage.SETTLED
-
-    def _must_wait(self, prefetch: Prefetch, path: list[Node], stop: int, now: float) -> bool:
-        """Whether the page before the parcel, or one of its own, is on its way to host (I4). Starts
-        the backup of what is before it, once."""
-        ledger = self._radix.ledgers[HOST]
-        before: Node | None = None
-        for node in path:
-            lane = node.host
-            ready = lane.ready_prefix(ledger)
-            if node.start < prefetch.first:
-                before = node
-            if ready == node.pages:
-                continue
-            if lane.count > ready:
-                return True
-            if node.start + ready >= prefetch.first or prefetch.asked_parent or before is None:
-                return False
-            prefetch.asked_parent = True
-            ends = [each for each in path if each.start < prefetch.first]
-            return self._backup.offer(ends[-1], now, hits_min=0)
-        return False
-
-    def _attach(self, prefetch: Prefetch, key: Key, path: list[Node], now: float) -> int:
-        """Attach the parcel's slots where host has none. Returns how many found a place."""
-        radix, first, parcel = self._radix, prefetch.first, prefetch.parcel
-        if radix.host_prefix_closed and not self._backed_up_to(path, first):
-            return 0
-        attached = 0
-        for node in path:
-            if node.end <= first:
-                continue
-            low = max(first - node.start, 0)
-            held = node.host.slots
-            bare = np.arange(low, node.pages) if held is None else np.flatnonzero(held[low:] < 0) + low
-            for begin, end in runs(bare):
-                at = node.start + begin - first
-                attached += self._adopt(node, begin, parcel[at : at + end - begin])
-        depth = path[-1].end if path else 0
-        if depth < key.pages:
-            parent = path[-1] if path else radix.root(key.namespace)
-            fresh = parcel[depth - first :]
-            radix.ledgers[HOST].ready(fresh, OPERATION_FILLING)
-            leaf = radix.graft(parent, key.units[depth * radix.keys.page_bytes :], HOST, fresh, now)
-            radix.announce(leaf, HOST, 0, leaf.pages)
-            attached += len(fresh)
-        return attached
-
-    def _backed_up_to(self, path: list[Node], first: int) -> bool:
-        ledger = self._radix.ledgers[HOST]
-        return all(
-            node.host.ready_prefix(ledger) >= min(node.pages, first - node.start)
-            for node in path
-            if node.start < first
-        )
-
-    def _adopt(self, node: Node, low: int, slots: Slots) -> int:
-        radix = self._radix
-        radix.ledgers[HOST].ready(slots, OPERATION_FILLING)
-        radix.attach(node, HOST, low, slots, filling=False)
-        radix.announce(node, HOST, low, low + len(slots))
-        radix.offer(node, HOST)
-        return len(slots)
+        arrived, rest = [], []
+        for at, part in enumerate(operation.parts):
+            count = max(0, prefetch.others[at]) if at < len(prefetch.others) else 0
+            arrived.append(Part(part.kind, part.pages[:count], EMPTY, part.target[:count]))
+            rest.append(Part(part.kind, part.pages[count:], EMPTY, part.target[count:]))
+        prefetch.parts, operation.parts = tuple(arrived), tuple(rest)

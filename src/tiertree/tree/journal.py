@@ -1,7 +1,8 @@
 """What happened to each page on each medium, in order (I9), as plain structs.
 
-For one page and one medium, stored and removed alternate, starting with stored. DEVICE always, and
-HOST under write_through and write_through_selective, announce a parent before its child.
+For one page of one kind and one medium, stored and removed alternate, starting with stored. Of FULL,
+DEVICE always, and HOST under write_through and write_through_selective, announce a parent before its
+child. STORAGE announces FULL only.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..types import Tier
+from ..types import FULL, Kind, Tier
 from .node import Node, Root
 from .pagehash import SIZE, PageHashes, pieces
 
 
 @dataclass(frozen=True, slots=True)
 class BlockStored:
-    """Consecutive pages became READY on `medium`. `token_ids` are their units, in order."""
+    """Consecutive pages of one kind became READY on `medium`. `token_ids` are their units, in order."""
 
     medium: Tier
     namespace: str
@@ -27,14 +28,16 @@ class BlockStored:
     parent_block_hash: bytes | None
     token_ids: tuple[int, ...]
     block_size: int
+    kind: Kind = FULL
 
 
 @dataclass(frozen=True, slots=True)
 class BlockRemoved:
-    """Pages left `medium`."""
+    """Pages of one kind left `medium`."""
 
     medium: Tier
     block_hashes: tuple[bytes, ...]
+    kind: Kind = FULL
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +95,7 @@ class Announcer:
         self._unit_type = np.dtype(f"<u{unit_bytes}")
         self._on_storage: set[bytes] = set()
 
-    def stored(self, node: Node, medium: Tier, pages: NDArray[np.int64]) -> None:
+    def stored(self, node: Node, medium: Tier, pages: NDArray[np.int64], kind: Kind = FULL) -> None:
         """The pages of `node` with these indices (ascending) are READY on `medium` now."""
         joined = self._hashes.of_node(node)
         page_bytes = len(node.edge) // node.pages
@@ -110,15 +113,16 @@ class Announcer:
                     before,
                     tuple(units.tolist()),
                     page_bytes // self._unit_type.itemsize,
+                    kind,
                 )
             )
 
-    def removed(self, node: Node, medium: Tier, pages: NDArray[np.int64]) -> None:
+    def removed(self, node: Node, medium: Tier, pages: NDArray[np.int64], kind: Kind = FULL) -> None:
         """The pages of `node` with these indices are leaving `medium`; last page first."""
         joined = self._hashes.of_node(node)
         hashes = tuple(joined[page * SIZE : (page + 1) * SIZE] for page in pages[::-1].tolist())
         if hashes:
-            self.journal.add(BlockRemoved(medium, hashes))
+            self.journal.add(BlockRemoved(medium, hashes, kind))
 
     def persisted(self, node: Node, pages: NDArray[np.int64]) -> None:
         """Storage took these pages of `node` and did not have them before."""

@@ -85,11 +85,13 @@ class LedgerError(AssertionError):
 class Ledger:
     """The books of one pool of `capacity` slots. Every method is vectorised, O(slots given)."""
 
-    __slots__ = ("_batches", "_proven", "_stack", "book", "capacity", "free", "pins", "tags")
+    __slots__ = ("_batches", "_proven", "_stack", "book", "capacity", "free", "pinned", "pins", "tags")
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.free = capacity
+        self.pinned = 0
+        """Slots that a node owns and somebody has pinned."""
         self.book: NDArray[np.uint8] = np.full(capacity, FREE, np.uint8)
         self.pins: NDArray[np.int32] = np.zeros(capacity, np.int32)
         self.tags: NDArray[np.int64] = np.zeros(capacity, np.int64)
@@ -147,6 +149,8 @@ class Ledger:
         if after is None or not (whole or self.all_are(slots, was)):
             raise LedgerError(f"ready: slots {slots.tolist()[:8]} are not all {was}")
         self.book[slots] = after
+        if was == OPERATION_FILLING:
+            self.pinned += int(np.count_nonzero(self.pins[slots]))
         if whole:
             self.tags[slots] = 0
             self._proven = None
@@ -171,6 +175,7 @@ class Ledger:
                 self._untag(slots)
         pins = self.pins[slots]
         if np.count_nonzero(pins):
+            self.pinned -= self._of_nodes(slots[pins > 0])
             self._verb(slots[pins > 0], "disown")
             slots = slots[pins == 0]
         self._release(slots)
@@ -180,12 +185,14 @@ class Ledger:
         """The operation of these pinned slots is late: nobody may use them until it comes home."""
         if not (self.pins[slots] > 0).all():
             raise LedgerError(f"lose: slots {slots.tolist()[:8]} are not all pinned")
+        self.pinned -= self._of_nodes(slots)
         self._verb(slots, "lose")
 
     def pin(self, slots: Slots) -> None:
         """An operation may touch these slots from now on. They are distinct and not FREE."""
         if not self.book[slots].all():
             raise LedgerError(f"pin: some of slots {slots.tolist()[:8]} are free")
+        self.pinned += self._of_nodes(slots[self.pins[slots] == 0])
         self.pins[slots] += 1
 
     def unpin(self, slots: Slots) -> int:
@@ -193,9 +200,14 @@ class Ledger:
         if not (self.pins[slots] > 0).all():
             raise LedgerError(f"unpin: slots {slots.tolist()[:8]} are not all pinned")
         self.pins[slots] -= 1
-        orphans = slots[((self.book[slots] & 3) == Owner.OPERATION) & (self.pins[slots] == 0)]
+        last = slots[self.pins[slots] == 0]
+        self.pinned -= self._of_nodes(last)
+        orphans = last[(self.book[last] & 3) == Owner.OPERATION]
         self._release(orphans)
         return len(orphans)
+
+    def _of_nodes(self, slots: Slots) -> int:
+        return int(np.count_nonzero((self.book[slots] & 3) == Owner.NODE))
 
     def states(self, slots: Slots) -> NDArray[np.uint8]:
         """The `State` of each slot; −1 in `slots` is not allowed."""

@@ -1,8 +1,9 @@
 """Load-back: host → device for the pages between a lease's device and memory boundary.
 
-    page      device_boundary ── x ─────────── boundary ── memory_boundary
-              loading already,  │ one Copy,     │ beyond the quota or the room
-              joined            │ all or nothing│
+    page      device_boundary ── missing ───── boundary ── memory_boundary
+              there, or loading │ one Copy,     │ beyond the quota or the room
+              already: joined   │ all or nothing│
+    others    ·······················██████████                what continuing at `boundary` lacks
 
 The sources are held by the lease before anything is evicted to make room. When every operation it
 waits for is done the lease trades its host locks for device locks; when one fails it keeps what it
@@ -15,12 +16,15 @@ from enum import StrEnum
 
 import numpy as np
 
-from ..types import Refused, Slots
+from ..types import Kind, Refused, Slots
 from .counters import Counters
 from .lease import Lease
-from .node import Hold, Node, fragments, slots_of
-from .operation import Operation, Operations, Purpose
+from .ledger import NODE_FILLING
+from .node import NOWHERE, Hold, Node, fragments, slots_of
+from .operation import Cargo, Operation, Operations, Purpose
+from .partial import Partial, boundary
 from .radix import DEVICE, EMPTY, HOST, Radix
+from .window import Pinned
 
 
 class Progress(StrEnum):
@@ -34,13 +38,14 @@ class Progress(StrEnum):
 class LoadBack:
     """One request's load-back of pages `first .. boundary`. `operations` are the numbers it waits for."""
 
-    __slots__ = ("boundary", "first", "hold", "lease", "operations", "state", "waiting")
+    __slots__ = ("boundary", "first", "hold", "lease", "operations", "pins", "state", "waiting")
 
-    def __init__(self, lease: Lease, first: int, boundary: int, hold: Hold) -> None:
+    def __init__(self, lease: Lease, first: int, boundary: int, hold: Hold, pins: list[Pinned]) -> None:
         self.lease = lease
         self.first = first
         self.boundary = boundary
         self.hold = hold
+        self.pins = pins
         self.state = Progress.PENDING
         self.operations: tuple[int, ...] = ()
         self.waiting: set[int] = set()
@@ -58,8 +63,26 @@ class LoadBack:
             return EMPTY
         return slots_of(self.hold.end, DEVICE, self.first, self.pages)
 
+    def window(self, kind: Kind) -> Slots:
+        """The same for a partial kind: device slots of what continuing at `boundary` needs of it."""
+        if self.state is Progress.FAILED:
+            return EMPTY
+        return next((each.slots for each in self.pins if each.kind.kind == kind), EMPTY)
+
     def __repr__(self) -> str:
         return f"LoadBack({self.state}, pages {self.first} to {self.boundary})"
+
+
+class Plan:
+    """What a load-back would do: bring FULL from page `missing` on up to `boundary`, and `cargo`."""
+
+    __slots__ = ("boundary", "cargo", "end", "missing")
+
+    def __init__(self, end: Node, boundary: int, missing: int, cargo: Cargo) -> None:
+        self.end = end
+        self.boundary = boundary
+        self.missing = missing
+        self.cargo = cargo
 
 
 class Loads:
@@ -73,61 +96,75 @@ class Loads:
         self._radix = radix
         self._operations = operations
         self._counters = counters
-        self.pages_min = pages_min
+        self.pages_min = max(pages_min, 1)
         self.pages_max = pages_max
         self._waiting: list[LoadBack] = []
 
-    def plan(self, lease: Lease) -> int | Refused:
-        """How many device slots a load-back for `lease` would take now."""
+    def plan(self, lease: Lease, room: int | None = None) -> Plan | Refused:
+        """The deepest load-back for `lease` that the quota allows, and `room` free device slots of FULL
+        (None: any number). O(pages)."""
         if lease.loading is not None:
             return Refused("a load-back of this lease is under way")
-        if lease.host_hold is None:
+        if lease.memory_boundary == lease.device_boundary:
             return Refused("nothing to load: host holds no page beyond the device boundary")
-        if next(fragments(lease.host_hold.end, lease.memory_boundary - 1, 1))[0].detached:
+        if lease.returned:
+            return Refused("a window of this lease was released early")
+        first, end = lease.device_boundary, lease.end
+        assert end is not None
+        if next(fragments(end, lease.memory_boundary - 1, 1))[0].detached:
             return Refused("the leased prefix was cleared")
-        boundary = self._boundary(lease)
-        if boundary - lease.device_boundary < self.pages_min:
-            return Refused(
-                f"{boundary - lease.device_boundary} pages are fewer than the minimum of {self.pages_min}"
-            )
-        return boundary - self._missing_from(lease, boundary)
+        deepest = lease.memory_boundary
+        if self.pages_max is not None and deepest > first + self.pages_max:
+            deepest = self._continuable(end, first + self.pages_max, first)
+        missing = self._missing_from(end, first, deepest)
+        if room is not None and deepest > missing + room:
+            deepest = self._continuable(end, missing + room, first)
+            if deepest - first < self.pages_min:
+                return Refused("no room on device")
+        if deepest - first < self.pages_min:
+            return Refused(f"{deepest - first} pages are fewer than the minimum of {self.pages_min}")
+        cargo = [(kind, self._lacking(kind, end, deepest)) for kind in self._radix.partials]
+        return Plan(end, deepest, min(missing, deepest), [each for each in cargo if len(each[1])])
 
-    def _boundary(self, lease: Lease) -> int:
-        if self.pages_max is None:
-            return lease.memory_boundary
-        return min(lease.memory_boundary, lease.device_boundary + self.pages_max)
+    def _continuable(self, end: Node, limit: int, first: int) -> int:
+        return boundary(self._radix.partials, end, max(limit, first), False, first)
 
-    def _missing_from(self, lease: Lease, boundary: int) -> int:
-        """The first page without a device slot; device is prefix-closed, so all after it have none."""
-        assert lease.host_hold is not None
-        for node, low, _ in fragments(
-            lease.host_hold.end, lease.device_boundary, boundary - lease.device_boundary
-        ):
+    @staticmethod
+    def _lacking(kind: Partial, end: Node, stop: int) -> Slots:
+        """Pages (depths) that continuing at `stop` needs of `kind` and that have no slot on device."""
+        pages = np.arange(kind.since(stop), stop)
+        lacking: Slots = pages[kind.on(end, DEVICE, pages, filling=True) == NOWHERE]
+        return lacking
+
+    @staticmethod
+    def _missing_from(end: Node, first: int, stop: int) -> int:
+        """The first page of FULL without a device slot; device is prefix-closed, so all after it have
+        none."""
+        for node, low, _ in fragments(end, first, stop - first):
             count = node.device.count
             if count > low:
-                return min(node.start + count, boundary)
-        return lease.device_boundary
+                return min(node.start + count, stop)
+        return first
 
     def start(self, lease: Lease, now: float) -> LoadBack | Refused:
         """Load the deepest boundary that fits the quota and the free device slots. O(pages)."""
-        planned = self.plan(lease)
-        if isinstance(planned, Refused):
-            return planned
         if self._operations.full:
             return Refused("too many operations in flight")
-        radix, host = self._radix, lease.host_hold
-        assert host is not None
-        boundary = self._boundary(lease)
-        missing = self._missing_from(lease, boundary)
-        boundary = min(boundary, missing + radix.ledgers[DEVICE].free)
-        if boundary - lease.device_boundary < max(self.pages_min, 1):
-            return Refused("no room on device")
-        end = self.node_at(host.end, boundary)
-        joined = self._running(end, lease.device_boundary, boundary)
-        load = LoadBack(lease, lease.device_boundary, boundary, radix.hold(end, DEVICE))
+        plan = self.plan(lease, self._radix.ledgers[DEVICE].free)
+        if isinstance(plan, Refused):
+            return plan
+        for kind, pages in plan.cargo:
+            if kind.ledgers[DEVICE].free < len(pages):
+                return Refused(f"no room on device for {kind.kind}")
+        held = self.node_at(plan.end, max(plan.boundary, lease.reach))
+        end = self.node_at(held, plan.boundary)
+        hold = self._radix.hold(held, DEVICE)
+        joined = self._running(end, lease.device_boundary, plan.boundary)
+        if plan.missing < plan.boundary or plan.cargo:
+            joined.add(self._copy_in(end, plan, now))
+        pins = [self._pin(kind, end, plan.boundary) for kind in self._radix.partials]
+        load = LoadBack(lease, lease.device_boundary, plan.boundary, hold, pins)
         load.waiting = joined
-        if missing < boundary:
-            load.waiting.add(self._copy_in(end, missing, boundary - missing, now))
         load.operations = tuple(sorted(load.waiting))
         lease.loading = load
         self._waiting.append(load)
@@ -135,24 +172,43 @@ class Loads:
             self._settle(load)
         return load
 
+    @staticmethod
+    def _pin(kind: Partial, end: Node, stop: int) -> Pinned:
+        pages = np.arange(kind.since(stop), stop)
+        return Pinned(kind, DEVICE, pages, kind.on(end, DEVICE, pages, filling=True))
+
     def _running(self, end: Node, first: int, stop: int) -> set[int]:
-        """Load operations that are filling device slots of these pages."""
+        """Load operations that are filling device slots which continuing at `stop` needs."""
         filling: set[int] = set()
         for node, low, high in fragments(end, first, stop - first):
             lane = node.device
             if lane.filling and lane.slots is not None:
                 filling.update(lane.slots[low:high].tolist())
-        if not filling:
+        others: dict[int, set[int]] = {}
+        for kind in self._radix.partials:
+            pages = np.arange(kind.since(stop), stop)
+            slots = kind.on(end, DEVICE, pages, filling=True)
+            slots = slots[slots != NOWHERE]
+            others[kind.index] = set(slots[kind.ledgers[DEVICE].book[slots] == NODE_FILLING].tolist())
+        if not filling and not any(others.values()):
             return set()
         loads = (each for each in self._operations.in_flight.values() if each.purpose is Purpose.LOAD_BACK)
-        return {each.number for each in loads if not each.late and filling.intersection(each.target.tolist())}
+        return {
+            each.number
+            for each in loads
+            if not each.late
+            and (
+                filling.intersection(each.target.tolist())
+                or any(others[part.kind.index].intersection(part.target.tolist()) for part in each.parts)
+            )
+        }
 
-    def _copy_in(self, end: Node, first: int, count: int, now: float) -> int:
-        radix = self._radix
+    def _copy_in(self, end: Node, plan: Plan, now: float) -> int:
+        radix, first = self._radix, plan.missing
         floor = 0 if radix.host_prefix_closed else first
         holds = [radix.hold(end, DEVICE), radix.hold(end, HOST, floor)]
-        pages, tiers = (end, first, count), (HOST, DEVICE)
-        return self._operations.copy(Purpose.LOAD_BACK, pages, tiers, holds, now).number
+        pages, tiers = (end, first, plan.boundary - first), (HOST, DEVICE)
+        return self._operations.copy(Purpose.LOAD_BACK, pages, tiers, holds, now, plan.cargo).number
 
     def node_at(self, end: Node, depth: int) -> Node:
         """The node on the path to `end` that ends at `depth` pages; splits one if need be."""
@@ -168,6 +224,8 @@ class Loads:
         """A load operation has ended, well or not: settle whoever waited for it."""
         if ok:
             self._counters.loaded_back += operation.count
+            for part in operation.parts:
+                part.kind.counters.loaded_back += len(part.pages)
         for load in [each for each in self._waiting if operation.number in each.waiting]:
             load.waiting.discard(operation.number)
             if not load.waiting or not ok:
@@ -185,19 +243,28 @@ class Loads:
         old_device, old_host = lease.device_hold, lease.host_hold
         lease.device_hold = load.hold
         lease.device_boundary = load.boundary
+        lease.reach = max(lease.reach, load.boundary)
+        lease.pin_windows(radix.partials)
+        for pinned in load.pins:
+            pinned.unpin(load.hold.end)
+        if load.boundary == lease.memory_boundary:
+            lease.unpin_beyond(old_host.end if old_host is not None else load.hold.end)
+            lease.host_hold = None
+            if old_host is not None:
+                radix.unhold(old_host)
         if old_device is not None:
             radix.unhold(old_device)
-        if load.boundary == lease.memory_boundary and old_host is not None:
-            lease.host_hold = None
-            radix.unhold(old_host)
 
     def _ready(self, load: LoadBack) -> bool:
-        ledger = self._radix.ledgers[DEVICE]
-        for node, low, high in fragments(load.hold.end, load.first, load.pages):
+        ledger, end = self._radix.ledgers[DEVICE], load.hold.end
+        for node, low, high in fragments(end, load.first, load.pages):
             lane = node.device
             if node.detached or lane.slots is None or not np.all(lane.ready_mask(ledger)[low:high]):
                 return False
-        return True
+        return all(
+            (kind.on(end, DEVICE, np.arange(kind.since(load.boundary), load.boundary)) != NOWHERE).all()
+            for kind in self._radix.partials
+        )
 
     def abandon(self, load: LoadBack) -> None:
         """The request goes on without it; operations under way go on for whoever else wants them."""
@@ -206,4 +273,6 @@ class Loads:
         self._waiting.remove(load)
         load.state = Progress.FAILED
         load.lease.loading = None
+        for pinned in load.pins:
+            pinned.unpin(load.hold.end)
         self._radix.unhold(load.hold)

@@ -15,7 +15,7 @@ page, page count) finds the fragments by walking to the parent, so a split needs
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -27,7 +27,8 @@ NOWHERE = -1
 
 
 class Lane:
-    """The slots of one kind on one in-memory tier for the pages of one node.
+    """The slots of one kind on one in-memory tier for the pages of one node. A partial kind's lane has
+    neither `locks` (its slots are pinned) nor `below` (its pages may go from anywhere): both stay 0.
 
     | field | meaning |
     |---|---|
@@ -83,31 +84,59 @@ class Lane:
             if self.count == len(slots) and not self.filling:
                 upper.count, self.count = at, len(slots) - at
             else:
+                upper.filling = self.filling
                 upper._recount(ledger)
                 self._recount(ledger)
-        upper.below = 1 if self.occupied else 0
+        if self.count or self.below:
+            upper.below = 1
         return upper
 
     def _recount(self, ledger: Ledger) -> None:
         assert self.slots is not None
         held = self.slots[self.slots >= 0]
         self.count = len(held)
-        self.filling = int((ledger.states(held) == State.FILLING).sum())
+        if self.filling:
+            self.filling = int((ledger.states(held) == State.FILLING).sum())
         if not self.count:
             self.slots = None
 
 
 ABSENT = Lane()
-"""Stands in for a tier that this tree does not have; never written to."""
+"""Stands in for a lane that is not there: a tier that this tree does not have, a partial kind that has had
+no slot here. Never written to."""
 
 
 NO_CHILDREN: dict[bytes, Node] = {}
 """The children of every leaf; never written to (see `Node.adopt`)."""
 
 
+UNKNOWN = -1
+"""In `Partials.dead`: not counted since something has changed."""
+
+
+class Partials(list[Lane]):
+    """The lanes of the partial kinds of one node: kind `i` on tier `t` at `2 * i + t`, ABSENT until it has
+    a slot for the first time.
+
+    `dead`: how many pages at the node's end are behind the last boundary that every kind can continue
+    from, UNKNOWN until asked for. `unsaved`: a page that host should have may be missing there."""
+
+    __slots__ = ("dead", "unsaved")
+
+    def __init__(self, lanes: Iterable[Lane] = ()) -> None:
+        super().__init__(lanes)
+        self.dead = UNKNOWN
+        self.unsaved = False
+
+
+NO_PARTIALS = Partials()
+"""The partial lanes of every node of a tree that has FULL alone; never written to."""
+
+
 class Node:
-    """A run of pages on one edge. `device` and `host` are its lanes for FULL; `label` is the first page,
-    the node's name among its siblings. Few objects per node: eviction touches them all, mostly cold."""
+    """A run of pages on one edge. `device` and `host` are its lanes for FULL, `partial` those of the other
+    kinds; `label` is the first page, the node's name among its siblings. Few objects per node: eviction
+    touches them all, mostly cold."""
 
     __slots__ = (
         "children",
@@ -122,16 +151,24 @@ class Node:
         "last_used",
         "pages",
         "parent",
+        "partial",
     )
 
     def __init__(
-        self, edge: bytes, pages: int, end: int, parent: Node | None, lanes: tuple[Lane, Lane]
+        self,
+        edge: bytes,
+        pages: int,
+        end: int,
+        parent: Node | None,
+        lanes: tuple[Lane, Lane],
+        partial: Partials = NO_PARTIALS,
     ) -> None:
         self.edge = edge
         self.pages = pages
         self.end = end
         self.parent = parent
         self.device, self.host = lanes
+        self.partial = partial
         self.children = NO_CHILDREN
         self.hashes = b""
         self.last_used = 0.0
@@ -204,6 +241,19 @@ def subtree(root: Node) -> Iterator[Node]:
         node = stack.pop()
         yield node
         stack.extend(node.children.values())
+
+
+def located(end: Node, pages: Slots) -> Iterator[tuple[Node, Slots, slice]]:
+    """Where `pages` (ascending depths) of the path to `end` are, deepest first: (node, indices inside the
+    node, which of `pages` these are). O(depth in nodes + pages)."""
+    stop = len(pages)
+    node: Node | None = end
+    while stop and node is not None and node.pages:
+        start = node.end - node.pages
+        low = int(np.searchsorted(pages[:stop], start))
+        if low < stop:
+            yield node, pages[low:stop] - start, slice(low, stop)
+        stop, node = low, node.parent
 
 
 def slots_of(end: Node, tier: int, first: int, count: int) -> Slots:

@@ -10,14 +10,19 @@ stays valid because it is held, and `fragments` finds the pieces.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from ..types import FULL, Slots, Tier
 from .actions import Action, Cancel, Copy, Move
-from .ledger import Owner
-from .node import Hold, Node, fragments, slots_of
+from .ledger import Ledger, Owner
+from .node import Hold, Node, fragments, located, slots_of
+from .partial import Partial
 from .radix import EMPTY, Radix
+
+Cargo = Sequence[tuple[Partial, Slots]]
+"""Pages (ascending depths) of partial kinds that go along with a copy."""
 
 
 class Purpose(StrEnum):
@@ -31,9 +36,23 @@ class Purpose(StrEnum):
     FETCH = "fetch"
 
 
+class Part:
+    """What an operation carries of one partial kind: `pages` (ascending depths), and where each is on the
+    operation's source and target tier; empty where there is no such tier in memory."""
+
+    __slots__ = ("kind", "pages", "source", "target")
+
+    def __init__(self, kind: Partial, pages: Slots, source: Slots, target: Slots) -> None:
+        self.kind = kind
+        self.pages = pages
+        self.source = source
+        self.target = target
+
+
 @dataclass(slots=True, eq=False)
 class Operation:
-    """One operation in flight. `source` and `target` are slots on `source_tier` and `target_tier`."""
+    """One operation in flight. `source` and `target` are slots of FULL on `source_tier` and
+    `target_tier`, none where it carries partial kinds alone."""
 
     number: int
     purpose: Purpose
@@ -46,6 +65,7 @@ class Operation:
     target_tier: Tier = Tier.STORAGE
     source: Slots = field(default_factory=lambda: EMPTY)
     target: Slots = field(default_factory=lambda: EMPTY)
+    parts: tuple[Part, ...] = ()
     holds: list[Hold] = field(default_factory=list)
     late: bool = False
     arrived: bool = False
@@ -105,44 +125,74 @@ class Operations:
         tiers: tuple[Tier, Tier],
         holds: list[Hold],
         now: float,
+        cargo: Cargo = (),
     ) -> Operation:
-        """Start copying `pages` (end node, first page, count) from the first of `tiers` to the second,
-        where they have no slots yet and as many are free. The operation gets `holds`. O(pages)."""
+        """Start copying FULL's `pages` (end node, first page, count) and the `cargo` of partial kinds on
+        the same path from the first of `tiers` to the second, where they have no slots yet and as many are
+        free. The operation gets `holds`. O(pages)."""
         radix, (end, first, count), (source, target) = self._radix, pages, tiers
-        slots = radix.ledgers[target].take(count, Owner.NODE)
-        assert slots is not None
         operation = self.open(purpose, now)
         operation.end, operation.first, operation.count = pages
         operation.source_tier, operation.target_tier = tiers
-        operation.source, operation.target = slots_of(end, source, first, count), slots
         operation.holds = holds
-        for node, low, high in fragments(end, first, count):
-            at = node.start + low - first
-            radix.attach(node, target, low, slots[at : at + high - low], filling=True)
-        move = Move(FULL, operation.source, slots)
-        self.send(operation, Copy(operation.number, source, target, (move,)))
+        moves: list[Move] = []
+        if count:
+            slots = radix.ledgers[target].take(count, Owner.NODE)
+            assert slots is not None
+            operation.source, operation.target = slots_of(end, source, first, count), slots
+            for node, low, high in fragments(end, first, count):
+                at = node.start + low - first
+                radix.attach(node, target, low, slots[at : at + high - low], filling=True)
+            moves.append(Move(FULL, operation.source, slots))
+        operation.parts = tuple(self._part(end, tiers, kind, deep) for kind, deep in cargo)
+        moves += [Move(part.kind.kind, part.source, part.target) for part in operation.parts]
+        self.send(operation, Copy(operation.number, source, target, tuple(moves)))
         return operation
+
+    @staticmethod
+    def _part(end: Node, tiers: tuple[Tier, Tier], kind: Partial, pages: Slots) -> Part:
+        """Slots on the target tier for `pages`, which are READY on the source tier."""
+        slots = kind.ledgers[tiers[1]].take(len(pages), Owner.NODE)
+        assert slots is not None
+        for node, inside, which in located(end, pages):
+            kind.attach(node, tiers[1], inside, slots[which], filling=True)
+        return Part(kind, pages, kind.on(end, tiers[0], pages), slots)
+
+    def named(self, operation: Operation) -> Iterator[tuple[Ledger, Slots]]:
+        """Every array of slots that `operation` may touch, with its books."""
+        ledgers = self._radix.ledgers
+        tiers = operation.source_tier, operation.target_tier
+        for tier, slots in zip(tiers, (operation.source, operation.target), strict=True):
+            if len(slots):
+                yield ledgers[tier], slots
+        for part in operation.parts:
+            for tier, slots in zip(tiers, (part.source, part.target), strict=True):
+                if len(slots):
+                    yield part.kind.ledgers[tier], slots
 
     def send(self, operation: Operation, action: Action) -> None:
         """Pin what `operation` names and hand `action` to the executor."""
-        ledgers = self._radix.ledgers
-        if len(operation.source):
-            ledgers[operation.source_tier].pin(operation.source)
-        if len(operation.target):
-            ledgers[operation.target_tier].pin(operation.target)
+        for ledger, slots in self.named(operation):
+            ledger.pin(slots)
         self.outbox.append(action)
+
+    def lose(self, operation: Operation) -> None:
+        """What `operation` was to fill is LOST until it comes home."""
+        if len(operation.target):
+            self._radix.ledgers[operation.target_tier].lose(operation.target)
+        for part in operation.parts:
+            if len(part.target):
+                part.kind.ledgers[operation.target_tier].lose(part.target)
 
     def finish(self, operation: Operation) -> None:
         """The executor will not touch the operation's slots again: pins and holds go."""
         del self.in_flight[operation.number]
         self._storing -= operation.purpose in STORING
         radix = self._radix
-        for tier, slots in (
-            (operation.source_tier, operation.source),
-            (operation.target_tier, operation.target),
-        ):
-            if len(slots):
-                radix.ledgers[tier].unpin(slots)
+        for ledger, slots in self.named(operation):
+            ledger.unpin(slots)
+        for part in operation.parts:
+            part.kind.offer_path(operation.end, part.pages)
         for hold in operation.holds:
             radix.unhold(hold)
         operation.holds.clear()

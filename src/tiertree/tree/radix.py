@@ -1,63 +1,29 @@
-"""The compressed radix tree and everything that must stay true when it changes.
+"""The compressed radix tree: which node is where.
 
     roots["tenant"] ──0..4──▶ n ──4..10──▶ n      an edge is one `bytes` object of whole pages
                         └─────4..6───▶ n          siblings differ in their first page (I1)
 
 An edge is compared with one call in C (`units.startswith(edge, at)`, which copies nothing); where it
-differs is found by one vector operation; a child is found by its first page. This file changes the
-tree in small steps, each of which keeps its books: split, graft, attach and detach slots, hold and
-unhold. Which step to take when is decided by its neighbours (`lookup`, `insert`, `evict`, …).
-
-FULL is the spine: its lanes, one per in-memory tier, decide which pages exist at all (I2).
+differs is found by one vector operation; a child is found by its first page. This file and
+`holdings.py` change the tree in small steps, each of which keeps its books: split, graft, cut, attach
+and detach slots, hold and unhold. Which step to take when is decided by others (`insert`, `evict`, …).
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 import numpy as np
 
 from ..types import Slots, Tier
-from .journal import Announcer, Journal
-from .key import Key, KeyMaker, first_difference
-from .ledger import NODE_FILLING, Ledger
-from .node import ABSENT, NO_CHILDREN, NOWHERE, Hold, Lane, Node, Root, subtree
-from .pagehash import PageHashes
-from .victims import Policy, Victims
+from .holdings import DEVICE, HOST, LANES, Holdings
+from .key import Key, first_difference
+from .node import ABSENT, NO_CHILDREN, NO_PARTIALS, NOWHERE, UNKNOWN, Lane, Node, Partials, Root, subtree
+from .partial import EMPTY
 
-DEVICE, HOST = Tier.DEVICE, Tier.HOST
-LANES = (DEVICE, HOST)
+__all__ = ["DEVICE", "EMPTY", "HOST", "LANES", "Radix"]
 
 
-class Radix:
-    """Structure, slots and locks of all namespaces. Owned by one thread; no I/O, no clock."""
-
-    def __init__(
-        self,
-        keys: KeyMaker,
-        ledgers: tuple[Ledger, Ledger],
-        policy: Policy,
-        host_prefix_closed: bool,
-        fingerprint: bytes,
-        journal: Journal | None,
-    ) -> None:
-        self.keys = keys
-        self.ledgers = ledgers
-        self.has_host = ledgers[HOST].capacity > 0
-        self.host_prefix_closed = host_prefix_closed
-        self.hashes = PageHashes(keys, fingerprint)
-        self.announcer = Announcer(journal, self.hashes, keys.unit_bytes) if journal is not None else None
-        self.roots: dict[str, Root] = {}
-        self.nodes = 0
-        self.version = 0
-        self.resident = [0, 0]
-        self.protected = [0, 0]
-        self.policy = policy
-        self.victims = (Victims(DEVICE, policy), Victims(HOST, policy))
-        self.duplicates: OrderedDict[Node, None] = OrderedDict()
-        self.detached: set[Node] = set()
-
-    # -- structure ------------------------------------------------------------------------------
+class Radix(Holdings):
+    """The nodes of all namespaces. Owned by one thread; no I/O, no clock."""
 
     def root(self, namespace: str) -> Root:
         """The root of `namespace`, made if need be: the caller grafts a page under it at once."""
@@ -88,6 +54,14 @@ class Radix:
             path.append(child)
             node = child
 
+    def find(self, key: Key) -> tuple[Node | None, int]:
+        """The deepest node that has pages of `key` (None: there is none), and how many pages of `key` are
+        in the tree. Changes nothing. O(pages + nodes)."""
+        path, partial, inside = self.walk(key)
+        if partial is not None:
+            return partial, partial.start + inside
+        return (path[-1], path[-1].end) if path else (None, 0)
+
     def touch(self, end: Node | None, now: float) -> None:
         """Every node on the path to `end` was used at `now`. O(nodes on the path)."""
         while end is not None:
@@ -107,7 +81,8 @@ class Radix:
             host.split(at, self.ledgers[HOST]) if self.has_host else ABSENT,
         )
         edge, cut = node.edge, at * page_bytes
-        upper = Node(edge[:cut], at, node.end - node.pages + at, parent, lanes)
+        partial = self._split_partials(node, at) if self.partials else NO_PARTIALS
+        upper = Node(edge[:cut], at, node.end - node.pages + at, parent, lanes, partial)
         upper.last_used, upper.hits, upper.detached = node.last_used, node.hits, node.detached
         upper.hashes, node.hashes = node.hashes[: at * 32], node.hashes[at * 32 :]
         node.edge = edge[cut:]
@@ -124,13 +99,32 @@ class Radix:
             for tier in LANES:
                 self.offer(upper, tier)
                 self.offer(node, tier)
+            for partial_kind in self.partials:
+                partial_kind.was_split(upper, node)
+        return upper
+
+    def _split_partials(self, node: Node, at: int) -> Partials:
+        lower = node.partial
+        upper = Partials(self._blank)
+        for kind in self.partials:
+            for tier in LANES:
+                lane = kind.lane(node, tier)
+                if lane.slots is not None:
+                    above = lane.split(at, kind.ledgers[tier])
+                    above.below = 0
+                    upper[2 * kind.index + tier] = above
+        upper.unsaved = True
+        lower.dead = UNKNOWN
         return upper
 
     def graft(self, parent: Node, edge: bytes, tier: Tier, slots: Slots, now: float) -> Node:
-        """A new leaf under `parent`, whose pages are all READY on `tier`. O(pages)."""
+        """A new leaf under `parent`, whose pages are all READY on `tier`. Where there are partial kinds the
+        caller offers it for eviction from device once it has theirs. O(pages)."""
         count = len(slots)
         lanes = (Lane(), Lane() if self.has_host else ABSENT)
         node = Node(edge, count, parent.end + count, parent, lanes)
+        if self.partials:
+            node.partial = Partials(self._blank)
         node.last_used = now
         node.label = edge[: self.keys.page_bytes]
         parent.adopt(node)
@@ -140,7 +134,8 @@ class Radix:
         lane.count = count
         self.resident[tier] += count
         self._occupy(node, tier)
-        self.victims[tier].push(node)
+        if not self.partials or tier == HOST:
+            self.victims[tier].push(node)
         return node
 
     def lengthen(self, node: Node, more: bytes) -> None:
@@ -150,27 +145,37 @@ class Radix:
         pages = len(more) // self.keys.page_bytes
         node.pages += pages
         node.end += pages
-        for lane in node.lanes:
+        for lane in (*node.lanes, *node.partial):
             if lane.slots is not None:
                 lane.slots = np.concatenate([lane.slots, np.full(pages, NOWHERE, np.int64)])
+        if self.partials:
+            self.reassess(node)
 
     def cut(self, node: Node, pages: int) -> None:
         """Make `node` end after its first `pages` pages; what goes has no slots and no children. A node
         without pages is removed, and so is a root without children. A removed node that is somebody's
-        end (a hold for a tier on which it has no page) still leads to its parent. O(pages left)."""
+        end (a hold for a tier on which it has no page) still leads to its parent. What partial kinds have
+        on the pages that go, goes. O(pages)."""
+        for kind in self.partials:
+            for tier in LANES:
+                kind.let_go(node, tier, pages)
         if pages:
             node.edge = node.edge[: pages * self.keys.page_bytes]
             node.hashes = node.hashes[: pages * 32]
             node.end -= node.pages - pages
             node.pages = pages
-            for lane in node.lanes:
+            for lane in (*node.lanes, *node.partial):
                 if lane.slots is not None:
                     lane.slots = lane.slots[:pages].copy()
+            if self.partials:
+                self.reassess(node)
             return
         parent = node.parent
         assert parent is not None
         assert not node.children
         del parent.children[node.label]
+        if self.partials and not parent.children and parent.pages:
+            self.reassess(parent)
         if not any(lane.locks for lane in node.lanes):
             node.parent = None
         self.nodes -= 1
@@ -179,60 +184,6 @@ class Radix:
         self.duplicates.pop(node, None)
         if isinstance(parent, Root) and not parent.children:
             self.roots.pop(parent.namespace, None)
-
-    # -- slots ----------------------------------------------------------------------------------
-
-    def attach(self, node: Node, tier: Tier, low: int, slots: Slots, filling: bool) -> None:
-        """Pages `low ..` of `node` get `slots` on `tier`, where they had none; the ledger says already
-        that a node owns them. O(pages of the node)."""
-        lane, count = node.lane(tier), len(slots)
-        was_occupied = lane.count > 0 or lane.below > 0
-        if lane.slots is None:
-            if count == node.pages:
-                lane.slots = slots.copy()
-            else:
-                lane.slots = np.full(node.pages, NOWHERE, np.int64)
-                lane.slots[low : low + count] = slots
-        else:
-            lane.slots[low : low + count] = slots
-        lane.count += count
-        if filling:
-            lane.filling += count
-        self.resident[tier] += count
-        if lane.locks:
-            self.protected[tier] += count
-        if not was_occupied:
-            self._occupy(node, tier)
-
-    def detach(self, node: Node, tier: Tier, low: int, high: int) -> Slots:
-        """Pages `low .. high` of `node` lose their slots on `tier`, which are returned for the caller
-        to drop in the ledger. The pages themselves stay (see `shrink`). O(pages)."""
-        lane = node.lane(tier)
-        if lane.slots is None:
-            return EMPTY
-        part = lane.slots[low:high]
-        if self.announcer is not None and not node.detached:
-            ready = lane.ready_mask(self.ledgers[tier])[low:high]
-            self.announcer.removed(node, tier, np.flatnonzero(ready) + low)
-        slots = part.copy() if lane.count == node.pages else part[part >= 0]
-        count = len(slots)
-        if not count:
-            return slots
-        if lane.filling:
-            lane.filling -= int(self.ledgers[tier].book[slots].tobytes().count(NODE_FILLING))
-        lane.count -= count
-        if lane.count:
-            part[:] = NOWHERE
-        else:
-            lane.slots = None
-        if not node.detached:
-            self.resident[tier] -= count
-            if lane.locks:
-                self.protected[tier] -= count
-            if not lane.count and not lane.below:
-                self._vacate(node, tier)
-        self.version += 1
-        return slots
 
     def shrink(self, node: Node) -> None:
         """Cut off the tail pages of `node` that are nowhere any more (I2). O(pages)."""
@@ -245,19 +196,17 @@ class Radix:
         if keep < node.pages:
             self.cut(node, keep)
 
-    def announce(self, node: Node, tier: Tier, low: int, high: int) -> None:
-        """Pages `low .. high` of `node` have become READY on `tier`."""
-        if self.announcer is not None and not node.detached:
-            self.announcer.stored(node, tier, np.arange(low, high))
-
-    def unlink(self, node: Node, lane: Lane) -> None:
+    def unlink(self, node: Node, lane: Lane, along: list[list[Slots]]) -> None:
         """Remove a leaf that is whole on device, where there is neither a host tier nor a journal: what
-        `detach` and `shrink` would do step by step. The caller has its slots and calls `unlinked`."""
+        `detach` and `shrink` would do step by step. The caller has its slots and calls `unlinked`; what
+        partial kinds have there goes into `along`."""
         parent = node.parent
         assert parent is not None
         del parent.children[node.label]
         node.parent = lane.slots = None
         lane.count = 0
+        if self.partials:
+            self._unlink_partials(node, parent, along)
         above = parent.device
         above.below -= 1
         if not above.below:
@@ -266,81 +215,28 @@ class Radix:
             elif isinstance(parent, Root):
                 del self.roots[parent.namespace]
 
-    def unlinked(self, nodes: int, pages: int) -> None:
-        """Count what `unlink` has removed."""
+    def _unlink_partials(self, node: Node, parent: Node, along: list[list[Slots]]) -> None:
+        if not parent.children and parent.pages:
+            self.reassess(parent)
+        for kind in self.partials:
+            lane = node.partial[2 * kind.index]
+            if lane.slots is not None:
+                along[kind.index].append(lane.slots)
+                lane.slots = None
+                kind.victims[DEVICE].discard(node)
+
+    def unlinked(self, nodes: int, pages: int, along: list[list[Slots]]) -> None:
+        """Count what `unlink` has removed, and free what went `along`."""
+        for kind, parts in zip(self.partials, along, strict=True):
+            if parts:
+                slots = np.concatenate(parts)
+                slots = slots[slots >= 0]
+                kind.resident[DEVICE] -= len(slots)
+                kind.counters.evicted[DEVICE] += len(slots)
+                kind.ledgers[DEVICE].drop(slots)
         self.nodes -= nodes
         self.resident[DEVICE] -= pages
         self.version += 1
-
-    def drop(self, tier: Tier, slots: Slots) -> int:
-        """The tree lets go of `slots`; returns how many are free at once."""
-        return self.ledgers[tier].drop(slots)
-
-    def _occupy(self, node: Node, tier: Tier) -> None:
-        parent = node.parent
-        while parent is not None:
-            lane = parent.lane(tier)
-            lane.below += 1
-            if lane.count or lane.below > 1:
-                return
-            parent = parent.parent
-
-    def _vacate(self, node: Node, tier: Tier) -> None:
-        parent = node.parent
-        while parent is not None:
-            lane = parent.lane(tier)
-            lane.below -= 1
-            if lane.count:
-                if not lane.below:
-                    self.offer(parent, tier)
-                return
-            if lane.below:
-                return
-            parent = parent.parent
-
-    # -- locks and candidates ---------------------------------------------------------------------
-
-    def offer(self, node: Node, tier: Tier) -> None:
-        """Enter `node` as a candidate for eviction from `tier` if it has become one (I7). O(log n)."""
-        lane = node.lane(tier)
-        if lane.locks or not lane.count or node.detached:
-            return
-        if not lane.below and not lane.ticket:
-            self.victims[tier].push(node)
-        if tier == HOST and not self.host_prefix_closed and node.device.count:
-            self.duplicates[node] = None
-
-    def hold(self, end: Node, tier: Tier, floor: int = 0) -> Hold:
-        """Lock every node from `end` up to the one with page `floor` for `tier`. O(nodes on the way).
-
-        The hold remembers where the topmost of them starts, so that it finds the same pages whatever is
-        split meanwhile."""
-        node: Node | None = end
-        protected = start = 0
-        while node is not None and node.end > floor:
-            lane = node.lane(tier)
-            if not lane.locks:
-                protected += lane.count
-            lane.locks += 1
-            start = node.end - node.pages
-            node = node.parent
-        self.protected[tier] += protected
-        return Hold(end, tier, start)
-
-    def unhold(self, hold: Hold) -> None:
-        """Undo `hold`, wherever splits have moved its nodes."""
-        tier, floor = hold.lane, hold.floor
-        node: Node | None = hold.end
-        while node is not None and node.end > floor:
-            lane, parent = node.lane(tier), node.parent
-            lane.locks -= 1
-            if not lane.locks:
-                if node.detached:
-                    self._let_go(node)
-                else:
-                    self.protected[tier] -= lane.count
-                    self.offer(node, tier)
-            node = parent
 
     def detach_subtree(self, root: Node) -> None:
         """Take everything under `root` out of the tree. What nobody holds is freed; held nodes keep
@@ -355,6 +251,9 @@ class Radix:
                 if lane.locks:
                     self.protected[tier] -= lane.count
                 self.victims[tier].discard(node)
+            for kind in self.partials:
+                for tier in LANES:
+                    kind.let_go(node, tier)
             self.duplicates.pop(node, None)
             node.detached = True
         self.nodes -= len(nodes)
@@ -363,19 +262,3 @@ class Radix:
         for node in nodes:
             self._let_go(node)
         root.children = NO_CHILDREN
-
-    def _let_go(self, node: Node) -> None:
-        """Free what nobody holds of a detached node, and forget the node when that was the last."""
-        if node not in self.detached:
-            return
-        for tier in LANES:
-            if not node.lane(tier).locks:
-                slots = self.detach(node, tier, 0, node.pages)
-                if len(slots):
-                    self.drop(tier, slots)
-        if not any(lane.locks for lane in node.lanes):
-            self.detached.discard(node)
-            node.children = NO_CHILDREN
-
-
-EMPTY: Slots = np.empty(0, np.int64)

@@ -1,4 +1,4 @@
-"""Candidates for eviction from one lane, in the order a policy gives them.
+"""Candidates for eviction from one lane, in the order of a score.
 
     run    0.1 0.4 0.4 0.7 1.2 …     a queue in ascending order: scores mostly come in order
     heap   0.3 0.9 …                 a binary heap for those that do not
@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from heapq import heappop, heappush
-from operator import attrgetter
 from typing import Protocol
 
 from .node import Lane, Node
@@ -34,27 +33,38 @@ class Policy(Protocol):
 
 
 class Victims:
-    """The candidates of one lane."""
+    """The candidates of one lane. `lazy`: where a score costs more than a push, new candidates get theirs
+    when somebody asks for candidates; most have gone by then."""
 
-    __slots__ = ("_heap", "_lane_of", "_policy", "_run", "_ticket", "live")
+    __slots__ = ("_heap", "_lane_of", "_lazy", "_new", "_run", "_score", "_ticket", "live")
 
-    def __init__(self, lane: int, policy: Policy) -> None:
+    def __init__(
+        self,
+        lane_of: Callable[[Node], Lane],
+        score: Callable[[Node], float],
+        lazy: bool = False,
+    ) -> None:
         self._heap: list[tuple[float, int, Node]] = []
         self._run: deque[tuple[float, int, Node]] = deque()
-        self._lane_of: Callable[[Node], Lane] = attrgetter("host" if lane else "device")
-        self._policy = policy
+        self._new: list[tuple[int, Node]] = []
+        self._lane_of = lane_of
+        self._score = score
+        self._lazy = lazy
         self._ticket = 0
         self.live = 0
 
     def __len__(self) -> int:
-        return len(self._heap) + len(self._run)
+        return len(self._heap) + len(self._run) + len(self._new)
 
     def push(self, node: Node) -> None:
         """`node` is a candidate now; it has no live entry."""
         self._ticket += 1
         self._lane_of(node).ticket = self._ticket
         self.live += 1
-        self._put((self._policy.score(node), self._ticket, node))
+        if self._lazy:
+            self._new.append((self._ticket, node))
+        else:
+            self._put((self._score(node), self._ticket, node))
 
     def _put(self, item: tuple[float, int, Node]) -> None:
         run = self._run
@@ -66,8 +76,10 @@ class Victims:
     def candidates(self) -> Iterator[tuple[Node, Lane]]:
         """Candidates in the order of the policy, each taken out as it is given. More may be pushed
         meanwhile; whatever is no candidate any more (I7) is passed over."""
-        lane_of, score = self._lane_of, self._policy.score
+        lane_of, score, new = self._lane_of, self._score, self._new
         while True:
+            if new:
+                self._admit()
             heap, run = self._heap, self._run
             if heap and (not run or heap[0] < run[0]):
                 old, ticket, node = heappop(heap)
@@ -87,6 +99,19 @@ class Victims:
             if lane.count and not lane.below and not lane.locks:
                 yield node, lane
 
+    def _admit(self) -> None:
+        """Score the new candidates."""
+        while self._new:
+            ticket, node = self._new.pop()
+            if self._lane_of(node).ticket == ticket:
+                self._put((self._score(node), ticket, node))
+
+    def refresh(self, node: Node) -> None:
+        """`node` is a candidate, and its score may have fallen. O(log n)."""
+        if self._lane_of(node).ticket:
+            self.discard(node)
+        self.push(node)
+
     def discard(self, node: Node) -> None:
         """`node` is no candidate any more; its entry dies where it lies."""
         lane = self._lane_of(node)
@@ -97,6 +122,8 @@ class Victims:
                 self._compact()
 
     def _compact(self) -> None:
+        lane_of = self._lane_of
+        self._new[:] = [item for item in self._new if lane_of(item[1]).ticket == item[0]]
         alive = self._alive()
         self._heap = []
         self._run = deque(sorted(alive))
@@ -105,6 +132,13 @@ class Victims:
         lane_of = self._lane_of
         return [item for item in (*self._run, *self._heap) if lane_of(item[2]).ticket == item[1]]
 
+    def scores(self) -> Iterator[tuple[Node, float, float]]:
+        """Every live candidate with the score it is queued with and the one it has now. O(n)."""
+        self._admit()
+        for score, _, node in self._alive():
+            yield node, score, self._score(node)
+
     def items(self) -> list[Node]:
         """Every live candidate, in no order. O(n)."""
+        self._admit()
         return [node for _, _, node in self._alive()]

@@ -1,0 +1,191 @@
+"""What further kinds of attention state cost the tree, and whether FULL alone has become slower.
+
+    python benchmarks/kinds.py                      # FULL beside FULL+SWA and FULL+MAMBA
+    git worktree add /tmp/before COMMIT && python benchmarks/kinds.py --before /tmp/before
+                                                    # and FULL of that commit beside FULL of now
+
+The operations are those of `tree.py`, with keys and slots made before the clock starts. The sides:
+
+    full            FULL alone
+    before          FULL alone, as it was in the directory given by --before
+    full+swa        a window of 1,024 tokens; a prompt brings the pages of its last window, as an engine
+                    does that lets go of earlier ones while it prefills
+    full+swa whole  the same window; a prompt brings every page
+    full+mamba      a state after every 2,048 tokens and at the end of the prompt
+
+Ratios are full ÷ before (at most 1 where nothing became slower) and other ÷ full (at most 2 asked).
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import random
+import sys
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import tree
+from common import Result
+
+WINDOW, EVERY = 1024, 2048
+COSTS_AT_MOST = 2.0
+
+
+class Full:
+    """A PrefixCache without bytes, on its device tier alone, made of the modules of `package`."""
+
+    def __init__(self, name: str, package: Any, page_size: int, tokens: int, **kinds: Any) -> None:
+        self.name = name
+        self.page_size = page_size
+        self.pages = -(-tokens // page_size)
+        config = package.CacheConfig(
+            page_size=page_size, device=package.DeviceConfig(size=self.pages), **kinds
+        )
+        self.cache = package.PrefixCache(config).open()
+        self.key: Callable[[array[int]], Any] = self.cache.key
+
+    def slots(self, tokens: int) -> Any:
+        return self.cache.allocate(tokens // self.page_size)
+
+    def insert(self, key: Any, slots: Any) -> Any:
+        return self.cache.insert(key, slots)
+
+    def match(self, key: Any) -> Any:
+        return self.cache.match(key)
+
+    def evict(self, tokens: int) -> Any:
+        return self.cache.evict(tokens // self.page_size)
+
+    def matched(self, result: Any) -> int:
+        return int(result.full_reach) * self.page_size
+
+    def evicted(self, result: Any) -> int:
+        return int(result.freed) * self.page_size
+
+
+class Hybrid(Full):
+    """The same with one partial kind, of which a prompt brings the pages that `brought` says."""
+
+    def __init__(
+        self, name: str, package: Any, page_size: int, tokens: int, rules: Any, brought: Callable[[int], Any]
+    ) -> None:
+        pages = -(-tokens // page_size)
+        config = package.KindConfig(rules=rules, device=pages)
+        super().__init__(name, package, page_size, tokens, kinds=(config,))
+        self._kind = rules.kind
+        self._brought = brought
+
+    def slots(self, tokens: int) -> Any:
+        pages = tokens // self.page_size
+        partial = np.full(pages, -1, np.int64)
+        brought = self._brought(pages)
+        partial[brought] = self.cache.allocate(len(brought), kind=self._kind)
+        return self.cache.allocate(pages), {self._kind: partial}
+
+    def insert(self, key: Any, slots: Any) -> Any:
+        return self.cache.insert(key, slots[0], partial=slots[1])
+
+
+def sides(package: Any, before: Any | None, page_size: int, tokens: int) -> list[Any]:
+    """Fresh sides with room for `tokens` tokens."""
+    window = -(-WINDOW // page_size)
+    every = EVERY // page_size
+
+    def states(pages: int) -> Any:
+        return np.union1d(np.arange(every - 1, pages, every), [pages - 1])
+
+    swa = package.SlidingWindow(window=WINDOW)
+    found: list[Any] = [Full("full", package, page_size, tokens)]
+    if before is not None:
+        found.append(Full("before", before, page_size, tokens))
+    last = lambda pages: np.arange(max(0, pages - window), pages)  # noqa: E731
+    found.append(Hybrid("full+swa", package, page_size, tokens, swa, last))
+    found.append(Hybrid("full+swa whole", package, page_size, tokens, swa, np.arange))
+    found.append(Hybrid("full+mamba", package, page_size, tokens, package.Mamba(), states))
+    return found
+
+
+def load(directory: Path | None) -> Any:
+    """The package tiertree in `directory` (None: this one), apart from any that was loaded before."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "tiertree"]:
+        del sys.modules[name]
+    if directory is None:
+        return importlib.import_module("tiertree")
+    sys.path.insert(0, str(directory / "src"))
+    package = importlib.import_module("tiertree")
+    sys.path.pop(0)
+    if not Path(str(package.__file__)).is_relative_to(directory):
+        raise SystemExit(f"--before {directory}: {package.__file__} was imported instead")
+    return package
+
+
+def compare(contest: tree.Contest) -> list[Result]:
+    """full ÷ before, and every hybrid ÷ full."""
+    found = []
+    for name in contest.times:
+        for operation in tree.OPERATIONS[1:] if name != "full" else ():
+            theirs, full = contest.times[name][operation], contest.times["full"][operation]
+            what = f"page {contest.page_size} {contest.tokens:>5} {operation}: "
+            if name == "before":
+                found.append(Result(what + "full / before", common.ratios(full, theirs), 1.0, at_most=True))
+            else:
+                ratio = common.ratios(theirs, full)
+                found.append(Result(what + f"{name} / full", ratio, COSTS_AT_MOST, at_most=True))
+    return found
+
+
+def main() -> None:
+    def flags(parser: Any) -> None:
+        parser.add_argument("--pages", default="16,64", help="page sizes in tokens")
+        parser.add_argument("--lengths", default="1024,8192,65536", help="prompt lengths in tokens")
+        parser.add_argument("--batch", type=int, default=20, help="prompts per pair, at most")
+        parser.add_argument("--warm-megabytes", type=int, default=0, help="heap to touch beforehand")
+        parser.add_argument("--before", type=Path, help="a checkout of another commit to compare with")
+        parser.add_argument("--sides", help="only these beside full, comma-separated")
+
+    options = common.parse_arguments(__doc__, flags)
+    report: dict[str, Any] = {"environment": common.print_environment()}
+    print(common.warm_memory(options.warm_megabytes), flush=True)
+    before = None if options.before is None else load(options.before.resolve())
+    package = load(None)
+    everything: list[Result] = []
+    for page_size in map(int, options.pages.split(",")):
+        for tokens in [1024] if options.quick else map(int, options.lengths.split(",")):
+            everything += run(package, before, page_size, tokens, options)
+    report["results"] = [result.plain() for result in everything]
+    common.closing(everything)
+    common.write_json(options.json, report)
+
+
+def run(package: Any, before: Any | None, page_size: int, tokens: int, options: Any) -> list[Result]:
+    """One page size, one length, as in `tree.py`."""
+    heads = 10 if options.quick else 30
+    population = heads * tree.TAILS * tree.TAIL_TOKENS
+    batch = max(1, min(options.batch, population * 9 // 10 // (options.pairs * tokens)))
+    rng = random.Random(options.seed)
+    room = 2 * population + heads * tree.HEAD_TOKENS + 3 * options.pairs * batch * tokens + (1 << 16)
+    wanted = options.sides.split(",") if options.sides else None
+    chosen = [
+        side
+        for side in sides(package, before, page_size, room)
+        if wanted is None or side.name in ("full", *wanted)
+    ]
+    contest = tree.Contest(page_size, tokens, chosen)
+    contest.populate(heads)
+    beginnings = [s[: tree.HEAD_TOKENS] for s in common.populations(heads, 1, tree.HEAD_TOKENS, 0)]
+    gc.collect()
+    for turn in range(options.pairs):
+        contest.run_pair(turn, tree.Batch.make(batch, tokens, page_size, rng))
+        contest.refill(batch * tokens, rng, beginnings)
+    results = compare(contest)
+    contest.show(results)
+    return results
+
+
+if __name__ == "__main__":
+    main()
