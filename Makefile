@@ -9,7 +9,7 @@ PYTEST_FLAGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
-BENCHMARKS := copies disk tree flat replay
+BENCHMARKS := copies disk tree kinds flat replay
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test lint format bench soak clean

@@ -22,13 +22,13 @@ import gc
 import importlib
 import random
 import sys
-from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import common
 import numpy as np
+import sides as contenders
 import tree
 from common import Result
 
@@ -36,47 +36,22 @@ WINDOW, EVERY = 1024, 2048
 COSTS_AT_MOST = 2.0
 
 
-class Full:
-    """A PrefixCache without bytes, on its device tier alone, made of the modules of `package`."""
-
-    def __init__(self, name: str, package: Any, page_size: int, tokens: int, **kinds: Any) -> None:
-        self.name = name
-        self.page_size = page_size
-        self.pages = -(-tokens // page_size)
-        config = package.CacheConfig(
-            page_size=page_size, device=package.DeviceConfig(size=self.pages), **kinds
-        )
-        self.cache = package.PrefixCache(config).open()
-        self.key: Callable[[array[int]], Any] = self.cache.key
-
-    def slots(self, tokens: int) -> Any:
-        return self.cache.allocate(tokens // self.page_size)
-
-    def insert(self, key: Any, slots: Any) -> Any:
-        return self.cache.insert(key, slots)
-
-    def match(self, key: Any) -> Any:
-        return self.cache.match(key)
-
-    def evict(self, tokens: int) -> Any:
-        return self.cache.evict(tokens // self.page_size)
+class Full(contenders.Tiertree):
+    """FULL alone. Where a prompt parts from another there is no window and no state, so matches are judged
+    by how far FULL reaches."""
 
     def matched(self, result: Any) -> int:
         return int(result.full_reach) * self.page_size
 
-    def evicted(self, result: Any) -> int:
-        return int(result.freed) * self.page_size
-
 
 class Hybrid(Full):
-    """The same with one partial kind, of which a prompt brings the pages that `brought` says."""
+    """FULL and one partial kind, of which a prompt brings the pages that `brought` says."""
 
     def __init__(
-        self, name: str, package: Any, page_size: int, tokens: int, rules: Any, brought: Callable[[int], Any]
+        self, page_size: int, tokens: int, name: str, package: Any, rules: Any, brought: Callable[[int], Any]
     ) -> None:
-        pages = -(-tokens // page_size)
-        config = package.KindConfig(rules=rules, device=pages)
-        super().__init__(name, package, page_size, tokens, kinds=(config,))
+        kind = package.KindConfig(rules=rules, device=-(-tokens // page_size))
+        super().__init__(page_size, tokens, name, package, kinds=(kind,))
         self._kind = rules.kind
         self._brought = brought
 
@@ -99,14 +74,16 @@ def sides(package: Any, before: Any | None, page_size: int, tokens: int) -> list
     def states(pages: int) -> Any:
         return np.union1d(np.arange(every - 1, pages, every), [pages - 1])
 
-    swa = package.SlidingWindow(window=WINDOW)
-    found: list[Any] = [Full("full", package, page_size, tokens)]
+    def last(pages: int) -> Any:
+        return np.arange(max(0, pages - window), pages)
+
+    swa, mamba = package.SlidingWindow(window=WINDOW), package.Mamba()
+    found: list[Any] = [Full(page_size, tokens, "full", package)]
     if before is not None:
-        found.append(Full("before", before, page_size, tokens))
-    last = lambda pages: np.arange(max(0, pages - window), pages)  # noqa: E731
-    found.append(Hybrid("full+swa", package, page_size, tokens, swa, last))
-    found.append(Hybrid("full+swa whole", package, page_size, tokens, swa, np.arange))
-    found.append(Hybrid("full+mamba", package, page_size, tokens, package.Mamba(), states))
+        found.append(Full(page_size, tokens, "before", before))
+    found.append(Hybrid(page_size, tokens, "full+swa", package, swa, last))
+    found.append(Hybrid(page_size, tokens, "full+swa whole", package, swa, np.arange))
+    found.append(Hybrid(page_size, tokens, "full+mamba", package, mamba, states))
     return found
 
 

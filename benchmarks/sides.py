@@ -13,6 +13,7 @@ Import `common` first: it pins the threads and finds `src/`.
 
 from __future__ import annotations
 
+import importlib
 import importlib.machinery
 import importlib.util
 import logging
@@ -205,16 +206,17 @@ class SGLang:
 
 
 class Tiertree:
-    """tiertree's PrefixCache without bytes, on its device tier alone."""
+    """tiertree's PrefixCache without bytes, on its device tier alone, made of `package` (None: the one that
+    is found). `options` are further fields of CacheConfig."""
 
-    def __init__(self, page_size: int, tokens: int) -> None:
-        from tiertree.cache import PrefixCache
-        from tiertree.config import CacheConfig, DeviceConfig
-
-        self.name = "tiertree"
+    def __init__(
+        self, page_size: int, tokens: int, name: str = "tiertree", package: Any = None, **options: Any
+    ) -> None:
+        made_of = package or importlib.import_module("tiertree")
+        self.name = name
         self.page_size = page_size
-        config = CacheConfig(page_size=page_size, device=DeviceConfig(size=-(-tokens // page_size)))
-        self.cache = PrefixCache(config)
+        device = made_of.DeviceConfig(size=-(-tokens // page_size))
+        self.cache = made_of.PrefixCache(made_of.CacheConfig(page_size=page_size, device=device, **options))
         self.cache.open()
         self.key: Callable[[array[int]], Any] = self.cache.key
 

@@ -30,6 +30,9 @@ class Chunked:
     def kept(self, pages: NDArray[np.int64], end: int, page_size: int) -> NDArray[np.bool_]:
         return pages >= self.since(end, page_size)
 
+    def cold(self, pages: NDArray[np.int64], end: int, page_size: int) -> NDArray[np.bool_]:
+        return ~self.kept(pages, end, page_size)
+
     def grid(self, page_size: int) -> int:
         return 1
 

@@ -143,6 +143,9 @@ class Sinks:
         last = end - end % self.every
         return (pages >= last - self.back) & (pages < last)
 
+    def cold(self, pages: Pages, end: int, page_size: int) -> np.ndarray:
+        return ~self.kept(pages, end, page_size)
+
     def grid(self, page_size: int) -> int:
         return self.every
 
@@ -184,9 +187,25 @@ def moves_pages(self: Sinks, pages: Pages, end: int, page_size: int) -> np.ndarr
     return np.ones(len(pages), bool)
 
 
+def everything_is_cold(self: Sinks, pages: Pages, end: int, page_size: int) -> np.ndarray:
+    return np.ones(len(pages), bool)
+
+
+def nothing_is_cold(self: Sinks, pages: Pages, end: int, page_size: int) -> np.ndarray:
+    return np.zeros(len(pages), bool)
+
+
+def cold_but_for_one(self: Sinks, pages: Pages, end: int, page_size: int) -> np.ndarray:
+    return ~self.kept(pages, end, page_size)[:-1]
+
+
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
+        (broken(cold=everything_is_cold), "what continuing at a node's end needs is cold"),
+        (broken(cold=nothing_is_cold), "not kept is not cold"),
+        (broken(cold=cold_but_for_one), "one entry per page"),
+        (broken(cold=lambda self, pages, end, page_size: [False] * len(pages)), "cold is an array"),
         (broken(kind="full"), "'full'"),
         (broken(kind="A b"), "rules.kind: 'A b'"),
         (broken(fits=lambda self, page_size: "every: no"), "rules.every: no"),

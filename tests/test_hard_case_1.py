@@ -11,7 +11,7 @@ What makes these fail when it is taken out:
 from __future__ import annotations
 
 import pytest
-from hard_support import BACK, HOST, THROUGH, Case, Setup, each
+from hard_support import BACK, DEVICE, HOST, THROUGH, Case, Setup, each
 from rig import Tokens
 
 from tiertree import FULL, InvariantViolated, Lease
@@ -95,6 +95,8 @@ def test_evict_counts_pages_only_when_they_are_on_host_and_their_slots_are_free(
     _, whole = family(setup)
     free: list[int] = []
     rig.executor.on_wait = lambda: free.append(rig.free())
+    assert rig.core.evict(DEVICE, 2, rig.clock.now) == (0, 2)  # the tree itself says so too
+    rig.cache.poll()
     done = rig.evict(2, deadline_s=0.5)  # nobody answers
     assert (done.freed, done.pending, rig.clock.now) == (0, 2, 0.5)
     stands(rig, whole, "D", "D")
@@ -119,6 +121,7 @@ def test_evict_of_a_partial_kind_counts_in_the_same_way(setup: Setup) -> None:
     _, whole = family(setup)
     for kind in setup.kinds:
         leaf = [page for page in rig.needed(kind, 4) if page >= 2]
+        assert rig.core.evict(DEVICE, 8, rig.clock.now, kind) == (0, len(leaf))
         done = rig.evict(8, kind=kind)
         assert (done.freed, done.pending) == (0, len(leaf))
         rig.done(*rig.running(Copy))

@@ -35,6 +35,11 @@ def kept(rig: Rig, kind: Kind) -> list[int]:
     return np.flatnonzero(rig.kinds[kind].rules.kept(np.arange(8), 8, rig.page_size)).tolist()
 
 
+def ages_with_node(rig: Rig, kind: Kind) -> list[int]:
+    """The pages of PROMPT, in one node, that are not cold."""
+    return np.flatnonzero(~rig.kinds[kind].rules.cold(np.arange(8), 8, rig.page_size)).tolist()
+
+
 def to_host(rig: Rig, tokens: list[int] = PROMPT) -> None:
     """Everything of `tokens` that is worth it is copied to host, and nothing stays on device."""
     rig.cache.match(rig.cache.key(tokens))  # the hit that a selective policy waits for
@@ -60,7 +65,7 @@ def test_cold_pages_go_first_and_front_to_back(kinds: Kinds) -> None:
     for kind in kinds:
         rig = rig_of(kinds)
         rig.put(PROMPT, pages=all_of(kinds))
-        warm = kept(rig, kind)
+        warm = ages_with_node(rig, kind)
         cold = [page for page in range(8) if page not in warm]
         for gone, page in enumerate([*cold, *warm], 1):
             assert rig.evict(1, DEVICE, kind).freed == 1
@@ -77,14 +82,14 @@ def test_the_last_window_ages_with_its_node(kinds: Kinds) -> None:
         for tokens in (PROMPT, OTHER):
             rig.put(tokens, pages=all_of(kinds))
             rig.clock.advance(1)
-        warm, cold = len(kept(rig, kind)), 8 - len(kept(rig, kind))
+        warm = ages_with_node(rig, kind)
         rig.look_at(PROMPT)  # the older one is used again
-        rig.evict(2 * cold, DEVICE, kind)
+        rig.evict(2 * (8 - len(warm)), DEVICE, kind)
         for tokens in (PROMPT, OTHER):  # what was cold went from both, before either's last window
-            assert rig.map(tokens, kind) == drawn(kept(rig, kind))
-        rig.evict(warm, DEVICE, kind)
+            assert rig.map(tokens, kind) == drawn(warm)
+        rig.evict(len(warm), DEVICE, kind)
         assert rig.map(OTHER, kind) == "........"
-        assert rig.map(PROMPT, kind) == drawn(kept(rig, kind))
+        assert rig.map(PROMPT, kind) == drawn(warm)
         rig.cache.check()
 
 

@@ -1,7 +1,7 @@
 """The seam for kinds of attention state that need only a part of a prefix.
 
 FULL needs every page before a boundary and is the spine of the tree. Every other kind (a *partial*
-kind) is described by four questions, and the tree does the rest:
+kind) is described by a few questions, and the tree does the rest:
 
     pages          0 ···················· since(b) ········· b
     FULL           ████████████████████████████████████████  all of them
@@ -47,8 +47,13 @@ class Component(Protocol):
 
     def kept(self, pages: Pages, end: int, page_size: int) -> NDArray[np.bool_]:
         """Which of `pages`, of a node that ends before page `end`, are worth a place on host and storage.
-        The others are *cold*: they leave device first and go nowhere. Each page is judged by itself, and
-        those from since(end) on are kept, unless `end` is off the grid."""
+        Each page is judged by itself, and those from since(end) on are kept, unless `end` is off the
+        grid."""
+        ...
+
+    def cold(self, pages: Pages, end: int, page_size: int) -> NDArray[np.bool_]:
+        """Which of `pages`, all that such a node could let go, go before those of any other node; the last
+        ones needed for a hit at its end age with it. At least those that are not kept."""
         ...
 
     def grid(self, page_size: int) -> int:

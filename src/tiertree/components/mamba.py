@@ -51,6 +51,12 @@ class Mamba:
         """All of them."""
         return np.ones(len(pages), bool)
 
+    def cold(self, pages: Pages, end: int, page_size: int) -> NDArray[np.bool_]:
+        """All but the last: that is where the next request goes on."""
+        cold = np.ones(len(pages), bool)
+        cold[-1:] = False
+        return cold
+
     def grid(self, page_size: int) -> int:
         """`grid_tokens` in pages."""
         return 1 if self.grid_tokens is None else self.grid_tokens // page_size

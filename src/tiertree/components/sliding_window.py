@@ -56,6 +56,10 @@ class SlidingWindow:
             warm |= (after <= end) & (pages >= np.maximum(after * page_size - self.window, 0) // page_size)
         return warm
 
+    def cold(self, pages: Pages, end: int, page_size: int) -> NDArray[np.bool_]:
+        """Those in no such window."""
+        return ~self.kept(pages, end, page_size)
+
     def grid(self, page_size: int) -> int:
         """Every page."""
         return 1

@@ -71,6 +71,7 @@ def check_component(rules: Component, page_size: int) -> None:
     _since_never_falls(rules, page_size, ends)
     for end in ends:
         _keeps_page_by_page(rules, page_size, end)
+        _goes_in_order(rules, page_size, end)
 
 
 def page_key(number: int) -> bytes:
@@ -124,6 +125,24 @@ def _keeps_page_by_page(rules: Component, page_size: int, end: int) -> None:
     if end % rules.grid(page_size) == 0:
         needed = kept[rules.since(end, page_size) :]
         assert needed.all(), f"pages that continuing at {end} needs are not kept in a node that ends there"
+
+
+def _goes_in_order(rules: Component, page_size: int, end: int) -> None:
+    for pages in (
+        np.arange(end, dtype=np.int64),
+        np.arange(0, end, 2, dtype=np.int64),
+        np.empty(0, np.int64),
+    ):
+        asked = pages.copy()
+        cold = rules.cold(pages, end, page_size)
+        assert isinstance(cold, np.ndarray), "cold is an array"
+        assert cold.dtype == np.bool_, "cold is of bools"
+        assert cold.shape == pages.shape, "cold has one entry per page"
+        assert np.array_equal(pages, asked), "cold has changed the pages it was asked about"
+        assert cold[~rules.kept(pages, end, page_size)].all(), "a page that is not kept is not cold"
+    if end % rules.grid(page_size) == 0:
+        needed = np.arange(rules.since(end, page_size), end, dtype=np.int64)
+        assert not rules.cold(needed, end, page_size).any(), "what continuing at a node's end needs is cold"
 
 
 def _with_storage(make: MakeStorage, check: Callable[[Storage], None]) -> None:

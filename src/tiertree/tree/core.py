@@ -195,11 +195,6 @@ class Core:
             raise ForeignObject(f"this cache has no kind {kind!r}; allowed: {[FULL, *self.kinds]}")
         return self.kinds[kind].ledgers[tier]
 
-    def _partial(self, kind: Kind) -> Partial:
-        if kind not in self.kinds:
-            raise ForeignObject(f"{kind!r} is no partial kind of this cache; allowed: {[*self.kinds]}")
-        return self.kinds[kind]
-
     def take(self, pages: int, lease: Lease | None, kind: Kind = FULL) -> Slots | None:
         """`pages` device slots of `kind` for a request; None if not as many are free."""
         tag = lease.number if lease is not None else ANYBODY
@@ -233,14 +228,7 @@ class Core:
         if lease is not None and lease.epoch != self.epoch:
             return Refused("the weights have changed since this lease was acquired")
         tag, pages = lease.number if lease is not None else ANYBODY, key.pages - first
-        brought = (
-            [
-                self._insert.check_partial(self._partial(name), theirs, pages, tag)
-                for name, theirs in partial.items()
-            ]
-            if partial
-            else ()
-        )
+        brought = self._insert.brought(self.kinds, partial, pages, tag) if partial else ()
         self._insert.check(self.radix.ledgers[DEVICE], slots, pages, tag)
         mine = hold.end if hold is not None else None
         end, existing, depth = self._insert.insert(key, slots, first, now, mine)
@@ -248,10 +236,11 @@ class Core:
             plain = [self._insert.fill(each, end, first, depth) for each in brought]
             if len(plain) == len(self.radix.partials) and all(plain):
                 end.partial.dead = 0
-            self.radix.offer(end, DEVICE)
         self.radix.version += 1
         if lease is not None and end is not None:
             self._move(lease, key, end)
+        if end is not None and self.radix.partials:
+            self.radix.offer(end, DEVICE)
         if self.backup.enabled and end is not None:
             self.backup.offer(end, now)
         return Inserted(key.pages, existing)

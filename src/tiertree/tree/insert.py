@@ -10,9 +10,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
-from ..types import InvalidSlots, Slots
+from ..types import ForeignObject, InvalidSlots, Kind, Slots
 from .key import Key
 from .ledger import NODE_READY, REQUEST_FILLING, Ledger
 from .node import NOWHERE, Node, located
@@ -64,8 +66,22 @@ class Insert:
         if wrong is not None:
             raise InvalidSlots(wrong)
 
-    def check_partial(self, kind: Partial, slots: Slots, pages: int, tag: int) -> Brought:
-        """The same for a partial kind, where −1 says that the request has none."""
+    def brought(
+        self, kinds: Mapping[Kind, Partial], partial: Mapping[Kind, Slots], pages: int, tag: int
+    ) -> list[Brought]:
+        """`check` for what request `tag` brings of partial kinds, where −1 says that it has none. Raises
+        ForeignObject for an unknown kind too."""
+        if not isinstance(partial, Mapping):
+            raise InvalidSlots(f"partial must map kinds to slots, got {partial!r:.200}")
+        found = []
+        for name, slots in partial.items():
+            if name not in kinds:
+                raise ForeignObject(f"{name!r} is no partial kind of this cache; allowed: {[*kinds]}")
+            found.append(self._check_partial(kinds[name], slots, pages, tag))
+        return found
+
+    @staticmethod
+    def _check_partial(kind: Partial, slots: Slots, pages: int, tag: int) -> Brought:
         if not isinstance(slots, np.ndarray) or slots.dtype != INT64 or slots.ndim != 1:
             raise InvalidSlots(f"slots of {kind.kind} must be a one-dimensional int64 array")
         if len(slots) != pages:
@@ -122,7 +138,7 @@ class Insert:
             if off.any():
                 kind.counters.declined += ledger.drop(slots[off])
                 at, slots = at[~off], slots[~off]
-        if len(at) and start >= depth and at.item(0) + first >= start:
+        if len(at) and at.item(0) + first >= depth:
             ledger.ready(slots, REQUEST_FILLING)
             inside = at if first == start else at + (first - start)
             kind.attach(end, DEVICE, inside, slots, filling=False)

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from .load import LoadBack
 
 
+NO_WINDOW = Window(0, EMPTY.copy())
+"""What continuing at the root needs: nothing."""
+
+
 class Match:
     """How far a key is cached, in pages: `device_boundary` ≤ `memory_boundary`, each valid for every
     kind and counting READY pages only; `full_reach` is how far FULL alone reaches in memory, `full_device`
@@ -87,8 +91,9 @@ class Allocated:
 
     def left(self, tags: Slots, number: int) -> Slots:
         """Those that are still the lease's."""
-        slots = np.concatenate(self._parts)
-        return np.unique(slots[tags[slots] == number])
+        slots = np.concatenate(self._parts) if len(self._parts) > 1 else self._parts[0]
+        mine: Slots = slots[tags[slots] == number]
+        return np.unique(mine) if len(mine) else mine
 
 
 class Lease:
@@ -167,7 +172,7 @@ class Lease:
         self.returned.clear()
         for kind in partials:
             if hold is None or not self.device_boundary:
-                self.windows[kind.kind] = Window(0, EMPTY.copy())
+                self.windows[kind.kind] = NO_WINDOW
             else:
                 window, pinned = pin_window(kind, hold.end, self.device_boundary)
                 self.windows[kind.kind], self.pins[kind.kind] = window, pinned

@@ -59,6 +59,7 @@ REQUEST_FILLING = entry(State.FILLING, Owner.REQUEST)
 OPERATION_FILLING = entry(State.FILLING, Owner.OPERATION)
 OPERATION_READY = entry(State.READY, Owner.OPERATION)
 OPERATION_LOST = entry(State.LOST, Owner.OPERATION)
+OF_NODE, OF_OPERATION = int(Owner.NODE), int(Owner.OPERATION)
 
 NEXT: dict[tuple[int, str], int] = {
     (NODE_FILLING, "ready"): NODE_READY,
@@ -192,22 +193,24 @@ class Ledger:
         """An operation may touch these slots from now on. They are distinct and not FREE."""
         if not self.book[slots].all():
             raise LedgerError(f"pin: some of slots {slots.tolist()[:8]} are free")
-        self.pinned += self._of_nodes(slots[self.pins[slots] == 0])
-        self.pins[slots] += 1
+        before = self.pins[slots]
+        self.pinned += self._of_nodes(slots[before == 0] if before.any() else slots)
+        self.pins[slots] = before + 1
 
     def unpin(self, slots: Slots) -> int:
         """An operation is done with `slots`. Returns how many went FREE because nobody else had them."""
-        if not (self.pins[slots] > 0).all():
+        before = self.pins[slots]
+        if not before.all():
             raise LedgerError(f"unpin: slots {slots.tolist()[:8]} are not all pinned")
-        self.pins[slots] -= 1
-        last = slots[self.pins[slots] == 0]
+        self.pins[slots] = before - 1
+        last = slots[before == 1]
         self.pinned -= self._of_nodes(last)
-        orphans = last[(self.book[last] & 3) == Owner.OPERATION]
+        orphans = last[(self.book[last] & 3) == OF_OPERATION]
         self._release(orphans)
         return len(orphans)
 
     def _of_nodes(self, slots: Slots) -> int:
-        return int(np.count_nonzero((self.book[slots] & 3) == Owner.NODE))
+        return int(np.count_nonzero((self.book[slots] & 3) == OF_NODE))
 
     def states(self, slots: Slots) -> NDArray[np.uint8]:
         """The `State` of each slot; −1 in `slots` is not allowed."""

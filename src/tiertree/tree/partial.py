@@ -97,7 +97,7 @@ class Partial:
 
         def score(node: Node) -> float:
             pages = self.evictable(node, tier)
-            return COLD if len(pages) and not self.kept(node, pages).all() else policy.score(node)
+            return COLD if self.cold(node, pages).any() else policy.score(node)
 
         return Victims(lane_of, score, lazy=True)
 
@@ -112,8 +112,12 @@ class Partial:
         return self.rules.since(boundary, self.page_size) if boundary else 0
 
     def kept(self, node: Node, pages: Slots) -> NDArray[np.bool_]:
-        """Which of these pages (indices inside `node`) are worth keeping; the others are cold."""
+        """Which of these pages (indices inside `node`) are worth a place on host."""
         return self.rules.kept(pages + node.start, node.end, self.page_size)
+
+    def cold(self, node: Node, pages: Slots) -> NDArray[np.bool_]:
+        """Which of these pages (indices inside `node`, all that may go) go before any other node's."""
+        return self.rules.cold(pages + node.start, node.end, self.page_size)
 
     def evictable(self, node: Node, tier: Tier) -> Slots:
         """Indices of the pages of `node` that may go from `tier`: READY and not pinned (I7)."""
@@ -310,13 +314,17 @@ class Partial:
 
     def offer_path(self, end: Node | None, pages: Slots) -> None:
         """Somebody has unpinned `pages` (ascending depths) of the path to `end`: they may be evicted
-        again. O(nodes that have one)."""
-        if end is None:
+        again. O(nodes from the first of them on)."""
+        if end is None or not len(pages):
             return
-        for node, _, _ in located(end, pages):
-            for tier in (DEVICE, HOST):
-                if not node.detached and self.lane(node, tier).count:
-                    self.victims[tier].refresh(node)
+        first = pages.item(0)
+        node: Node | None = end
+        while node is not None and node.end > first:
+            if not node.detached and node.pages:
+                for tier in (DEVICE, HOST):
+                    if self.lane(node, tier).count:
+                        self.victims[tier].refresh(node)
+            node = node.parent
 
     def protected(self, tier: Tier) -> int:
         """How many pages on `tier` somebody has pinned. O(1)."""

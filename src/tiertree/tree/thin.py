@@ -63,7 +63,7 @@ class Thinner:
     def _chosen(kind: Partial, node: Node, tier: Tier, most: int) -> Slots:
         """The pages of `node` to go first: its cold ones, or if there are none any; front to back."""
         pages = kind.evictable(node, tier)
-        cold = pages[~kind.kept(node, pages)] if len(pages) else pages
+        cold = pages[kind.cold(node, pages)]
         return cold[:most] if len(cold) else pages[:most]
 
     def _detach(self, kind: Partial, node: Node, tier: Tier, pages: Slots) -> int:

@@ -54,8 +54,13 @@ class Pinned:
 
 def pin_window(kind: Partial, end: Node, boundary: int) -> tuple[Window, Pinned]:
     """Pin what `kind` has READY on device of the window before `boundary`."""
-    first = kind.since(boundary)
+    first, start = kind.since(boundary), end.end - end.pages
     pages = np.arange(first, boundary)
+    lane = kind.lane(end, DEVICE)
+    if first >= start and lane.slots is not None and not lane.filling:
+        slots = lane.slots[first - start : boundary - start].copy()
+        if slots.min() >= 0:
+            return Window(first, slots), Pinned(kind, DEVICE, pages, slots)
     slots = kind.on(end, DEVICE, pages)
     there = slots != NOWHERE
     return Window(first, slots), Pinned(kind, DEVICE, pages[there], slots[there])
