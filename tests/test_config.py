@@ -480,3 +480,12 @@ def test_errors_of_a_file_name_the_file(tmp_path: Path) -> None:
 def test_a_configuration_is_a_table(values: Any) -> None:
     with pytest.raises(ConfigError, match=r"^configuration: .*a table"):
         CacheConfig.from_mapping(values)
+
+
+def test_a_kind_whose_pool_holds_no_window_is_warned_about() -> None:
+    rules = SlidingWindow(window=64)
+    with pytest.warns(UserWarning, match=r"kinds\[0\]\.device: 3 pages are fewer than the 4 that one hit"):
+        CacheConfig(device=DeviceConfig(size=8), kinds=(KindConfig(rules=rules, device=3),))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CacheConfig(device=DeviceConfig(size=8), kinds=(KindConfig(rules=rules, device=4),))

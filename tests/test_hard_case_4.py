@@ -203,7 +203,7 @@ def test_both_tiers_are_full_and_both_must_make_room(setup: Setup, held: str) ->
     promised = [(lease, tokens, lease.slots.tolist()) for lease, tokens in leases]
     came = 0
     for number in range(4):
-        for tier in (DEVICE, HOST)[:: 1 - 2 * (number % 2)]:
+        for tier in (DEVICE, HOST)[:: 1 - 2 * (number % 2)] if number else ():
             rig.evict(1, tier)
         came += newcomer(rig, setup, number)
         if number % 2:  # until then copies are under way, and the newest is done first

@@ -89,8 +89,9 @@ class PrefixCache(Lifecycle):
 
     def release_window(self, lease: Lease, kind: Kind) -> None:
         """Give the part of `lease` that is of a partial kind back early: a decoding request has moved past
-        its window, and does not load back any more. Exactly once until the lease moves again: raises
-        LeaseReleased the second time, and ForeignObject for a kind that the cache does not have."""
+        its window, reads none of its slots any more and does not load back. Exactly once until the lease
+        moves (every insert pins the window at its end): raises LeaseReleased the second time, and
+        ForeignObject for a kind that the cache does not have."""
         self._enter()
         self._guard.lease(lease)
         self._core.release_window(lease, kind)
@@ -119,17 +120,25 @@ class PrefixCache(Lifecycle):
 
     def copy_on_write(self, lease: Lease, kind: Kind, deadline_s: float | None = None) -> Slots | NoRoom:
         """Slots of the request's own that hold a copy of `lease.window(kind)`: what it writes to when it
-        goes on from a cached state. Copied on device, in order with the caller's own work there. NoRoom as
-        `allocate`; raises LeaseReleased, and InvalidSlots when a page of the window is not there."""
-        self._enter()
+        goes on from a cached state; none at boundary 0, where there is no state. Copied on device, in order
+        with the caller's own work there. NoRoom as `allocate`; raises LeaseReleased, ForeignObject, and
+        InvalidSlots when a page of the window is not there."""
+        driver = self._enter()
         self._guard.lease(lease)
-        source = lease.window(kind).slots
-        if len(source) and source.min() < 0:
-            raise InvalidSlots(f"the window of {kind!r} is not whole: nothing to copy")
-        target = self.allocate(len(source), lease, deadline_s, kind)
-        if not isinstance(target, NoRoom):
-            self._enter().executor.clone(kind, source, target)
-        return target
+        while True:
+            boundary, source = lease.device_boundary, lease.window(kind).slots
+            if len(source) and source.min() < 0:
+                raise InvalidSlots(
+                    f"{kind!r} is not whole before page {boundary}, nothing to copy: it was not inserted "
+                    "there, or is off the kind's grid or above its number per path"
+                )
+            target = self.allocate(len(source), lease, deadline_s, kind)
+            if isinstance(target, NoRoom):
+                return target
+            if lease.device_boundary == boundary:
+                driver.executor.clone(kind, source, target)
+                return target
+            self.free(target, lease, kind)  # a load-back of the lease came in while room was made
 
     def free(self, slots: Slots, lease: Lease | None = None, kind: Kind = FULL) -> None:
         """Give back slots of `kind` that were allocated for `lease` (None: for none) and not inserted.
@@ -153,9 +162,9 @@ class PrefixCache(Lifecycle):
         `lease.slots` are then the slots to use. Without: `slots` are for all pages of `key`. Slots of
         pages that the cache had already are freed.
 
-        `partial` has as many entries for each partial kind, −1 for pages of which the request has none
-        (let go already, or no state was saved there). They fill what is missing; others are freed, and so
-        is what is off the kind's grid.
+        `partial` has an array like `slots` for each partial kind, of the same length, −1 for pages of which
+        the request has none (let go already, or no state was saved there). They fill what is missing; others
+        are freed, and so is what is off the kind's grid.
 
         Refused, nothing changed and the slots still the request's, if the leased prefix was cleared.
         Raises InvalidSlots, and ForeignObject for a key that does not extend the lease's or an unknown
@@ -179,6 +188,9 @@ class PrefixCache(Lifecycle):
         plan = self._core.loads.plan(lease)
         if isinstance(plan, Refused):
             return plan
+        for kind, pages in plan.cargo:
+            if kind.ledgers[DEVICE].free + self._core.within_reach(DEVICE, kind.kind) < len(pages):
+                return Refused(f"no room on device for {kind.kind}")
         driver.make_room(DEVICE, plan.boundary - plan.missing, deadline_s)
         for kind, pages in plan.cargo:
             driver.make_room(DEVICE, len(pages), deadline_s, kind.kind)

@@ -320,6 +320,8 @@ _PARTS: Final[dict[str, type]] = {
     "prefetch": PrefetchConfig,
     "load_back": LoadBackConfig,
 }
+_FAR: Final = 1 << 20
+"""A boundary, in pages, behind which a kind needs no more than before it."""
 _OPTIONAL: Final = ("layout", "host", "storage")
 _LISTS: Final[dict[str, type]] = {"kinds": KindConfig, "sidecars": SidecarConfig}
 
@@ -366,6 +368,16 @@ def _consistent(config: CacheConfig) -> None:
             "before device evicts them; make host larger than device, or use write_back",
             stacklevel=4,
         )
+    for index, (each, have) in enumerate(
+        zip(config.kinds, [*config.kind_pages(Tier.DEVICE).values()][1:], strict=True)
+    ):
+        need = _FAR - each.rules.since(_FAR, config.page_size)
+        if have < need:
+            warnings.warn(
+                f"kinds[{index}].device: {have} pages are fewer than the {need} that one hit in a long "
+                "prompt needs, so none can end there; give it at least as many",
+                stacklevel=4,
+            )
 
 
 def _consistent_layouts(config: CacheConfig) -> None:

@@ -87,7 +87,7 @@ class InvalidNamespace(TiertreeError, ValueError):
 
 
 class ForeignObject(TiertreeError, ValueError):
-    """A key, match, lease or operation of another cache."""
+    """A key, match, lease, operation or kind that is not this cache's."""
 
 
 class LeaseReleased(TiertreeError):

@@ -22,7 +22,9 @@ class Mamba:
     grid_tokens: int | None = None
     """Keep states only at multiples of this many tokens, a multiple of the page size; None: at any page."""
     states_per_path: int | None = None
-    """Keep at most so many states on one path; the first ones go first. None: any number."""
+    """Keep at most so many states of one path on device; the first ones go first, with their copies on host
+    (states that are on host alone do not count). A state that somebody leases stays, even if it is one too
+    many. None: any number."""
     name: str = MAMBA
     """The name of the kind."""
 

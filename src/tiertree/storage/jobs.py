@@ -78,7 +78,7 @@ Ways = Callable[[Kind], Way]
 
 def pool_way(kind: Kind, pools: KindPools, shard: str) -> Way:
     """Between the pools of `kind` and a backend."""
-    named = zip([str(kind), *pools.sidecars], pools, strict=True)
+    named = zip([str(kind), *(f"{kind}/{name}" for name in pools.sidecars)], pools, strict=True)
     return Way(Keys([_suffix(descriptor(name, shard, pool)) for name, pool in named]), tuple(pools))
 
 
@@ -88,7 +88,8 @@ def bare_way(kind: Kind) -> Way:
 
 
 def descriptor(name: str, shard: str, pool: Pool) -> bytes:
-    """What makes the bytes of this pool's pages differ from another's, as unambiguous text."""
+    """What makes the bytes of this pool's pages differ from another's, as unambiguous text. `name` is that
+    of a kind, or "kind/sidecar"."""
     parts = (name.encode(), shard.encode(), pool.layout.descriptor(pool.order))
     return b"".join(len(part).to_bytes(4, "little") + part for part in parts)
 

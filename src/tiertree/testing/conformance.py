@@ -58,7 +58,7 @@ def check_storage(make: MakeStorage, tamper: Tamper | None = None) -> None:
 def check_component(rules: Component, page_size: int) -> None:
     """Run every check of the rules of a kind, for pages of `page_size` token units, which they must fit."""
     try:
-        kinds = (KindConfig(rules=rules, device=1),)
+        kinds = (KindConfig(rules=rules, device=1 << 21),)
         CacheConfig(device=DeviceConfig(size=1), page_size=page_size, kinds=kinds)
         hash(rules)
     except (ConfigError, TypeError) as error:

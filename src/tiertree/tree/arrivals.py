@@ -21,7 +21,7 @@ from .ledger import NODE_FILLING, NODE_READY
 from .node import NOWHERE, Node, fragments, located, subtree
 from .operation import Operation, Operations
 from .partial import Partial
-from .radix import HOST, Radix
+from .radix import DEVICE, HOST, Radix
 
 
 class Arrivals:
@@ -77,17 +77,18 @@ class Arrivals:
         return woken
 
     def _page_before(self, operation: Operation) -> tuple[int, int] | None:
-        """Slot and ledger entry, on the target tier, of the page before the operation's first; None if it
-        is not there. READY where nothing needs to be before. O(depth in nodes)."""
+        """Slot and ledger entry of the page of FULL that must be READY on the target tier before what the
+        operation brings may be: the page before its first, or, where it brings partial kinds alone, the
+        last page that they are of. None if it is not there; READY where nothing needs to be before.
+        O(depth in nodes)."""
         tier = operation.target_tier
-        if (
-            not operation.count
-            or not operation.first
-            or (tier == HOST and not self._radix.host_prefix_closed)
-        ):
+        page = operation.first - 1
+        if not operation.count:
+            page = max(int(part.pages[-1]) for part in operation.parts) if tier == DEVICE else -1
+        if page < 0 or (tier == HOST and not self._radix.host_prefix_closed):
             return NOWHERE, NODE_READY
         assert operation.end is not None
-        for node, low, _ in fragments(operation.end, operation.first - 1, 1):
+        for node, low, _ in fragments(operation.end, page, 1):
             slots = node.lane(tier).slots
             if not node.detached and slots is not None and slots[low] >= 0:
                 return int(slots[low]), int(self._radix.ledgers[tier].book[slots[low]])
@@ -135,6 +136,7 @@ class Arrivals:
 
     def _commit_parts(self, operation: Operation) -> bool:
         tier, committed = operation.target_tier, 0
+        gained: list[tuple[Node, int]] = []
         for kind, node, inside in self._parts(operation):
             lane = kind.lane(node, tier)
             assert lane.slots is not None
@@ -142,8 +144,9 @@ class Arrivals:
                 kind.ledgers[tier].ready(lane.slots[inside], NODE_FILLING)
                 lane.filling -= len(inside)
                 kind.arrived(node, tier, inside)
-                self._radix.revalue(node, node.start + int(inside[-1]))
+                gained.append((node, node.start + int(inside[-1])))
                 committed += len(inside)
+        self._radix.revalue(gained)
         return committed == sum(len(part.pages) for part in operation.parts)
 
     def fail(self, operation: Operation) -> None:

@@ -63,8 +63,10 @@ class Backup:
         while node.hits < wanted and node.parent is not None:
             node = node.parent
         first, stop = self._bare(node)
-        unsaved = bool(self._radix.partials) and self._unsaved(node, stop)
-        return (stop > first or unsaved) and self._start(node, first, stop, now)
+        unsaved = self._unsaved(node) if self._radix.partials else None
+        if stop == first and (unsaved is None or unsaved >= first):
+            return False
+        return self._start(node, first, stop, first if unsaved is None else min(first, unsaved), now)
 
     def _bare(self, end: Node) -> tuple[int, int]:
         """The pages of the path to `end` that host lacks and device has: from the first that host lacks to
@@ -85,17 +87,20 @@ class Backup:
                 break
         return first, stop
 
-    def _unsaved(self, end: Node, stop: int) -> bool:
-        """Whether partial kinds may have something that host lacks where continuing at `stop` looks."""
-        since = self._carrier.reach_back(stop)
+    @staticmethod
+    def _unsaved(end: Node) -> int | None:
+        """The first page of the first node on the path to `end` where partial kinds may have something that
+        host lacks; None if there is none. O(nodes)."""
+        found = None
         node: Node | None = end
-        while node is not None and node.end > since:
-            if node.partial and node.partial.unsaved:
-                return True
+        while node is not None and node.pages:
+            if node.partial.unsaved:
+                found = node.start
             node = node.parent
-        return False
+        return found
 
-    def _start(self, end: Node, first: int, stop: int, now: float) -> bool:
+    def _start(self, end: Node, first: int, stop: int, since: int, now: float) -> bool:
+        """Back up FULL's pages `first .. stop`, and of partial kinds what host lacks from `since` on."""
         radix, operations, wanted = self._radix, self._operations, stop - first
         if operations.full or not self._evictor.health.well(now):
             self._counters.backups_dropped += wanted
@@ -104,7 +109,6 @@ class Backup:
         room = min(self._evictor.room_on_host(wanted), wanted)
         self._counters.backups_dropped += wanted - room
         covered = first + room
-        since = min(first, self._carrier.reach_back(covered)) if covered else 0
         cargo = self._carrier.cargo(end, since, covered) if radix.partials and covered else ()
         if not room and not cargo:
             for hold in holds:
@@ -156,7 +160,7 @@ class Backup:
         for part, kept in zip(operation.parts, completion.others, strict=False):
             part.kind.counters.persisted += max(0, min(kept, len(part.pages)))
         announcer, end = self._radix.announcer, operation.end
-        if announcer is None or end is None or epoch != self._epoch:
+        if announcer is None or end is None or epoch != self._epoch or operation.late:
             return
         stored = set(completion.stored)
         fresh = np.array([each in stored for each in hashes])

@@ -28,10 +28,6 @@ class Carrier:
         self._radix = radix
         self._thinner = thinner
 
-    def reach_back(self, boundary: int) -> int:
-        """The first page that any partial kind needs to continue at `boundary`."""
-        return min((kind.since(boundary) for kind in self._radix.partials), default=boundary)
-
     def cargo(self, end: Node, first: int, stop: int) -> Cargo:
         """Of the pages `first .. stop` of the path to `end`, those of partial kinds that are READY on
         device, worth keeping and not on host, as far as host has room: the last ones first. O(pages)."""

@@ -22,11 +22,17 @@ def _each(core: Core) -> Iterator[tuple[Partial, Node]]:
 
 
 def presence(core: Core) -> Findings:
-    """I2: a partial kind is on device only where FULL is on device (on host FULL is in memory anyway)."""
+    """I2: a partial kind is on device only where FULL is, and READY only where FULL is (on host FULL is in
+    memory anyway)."""
     for kind, node in _each(core):
         slots = kind.lane(node, DEVICE).slots
-        if slots is not None and (slots[node.device.count :] >= 0).any():
+        if slots is None:
+            continue
+        if (slots[node.device.count :] >= 0).any():
             yield f"{node} has {kind.kind} on device where FULL is not"
+        beyond = slots[node.device.ready_prefix(core.radix.ledgers[DEVICE]) :]
+        if (kind.ledgers[DEVICE].book[beyond[beyond >= 0]] == NODE_READY).any():
+            yield f"{node} has {kind.kind} READY on device where FULL is not"
     if NO_PARTIALS or NO_PARTIALS.dead != UNKNOWN or NO_PARTIALS.unsaved:
         yield "the stand-in for nodes without partial kinds was written to"
 

@@ -203,7 +203,7 @@ class Core:
         if slots is not None and lease is not None:
             if kind not in lease.allocated:
                 lease.allocated[kind] = Allocated()
-            lease.allocated[kind].add(slots, ledger.tags, tag)
+            lease.allocated[kind].add(slots.copy(), ledger.tags, tag)
         return slots
 
     def give_back(self, slots: Slots, lease: Lease | None, kind: Kind = FULL) -> None:
@@ -369,7 +369,9 @@ class Core:
             self.radix.version += 1
             if operation.purpose in (Purpose.QUERY, Purpose.FETCH):
                 self.fetches.late(operation, now)
-            elif operation.purpose is not Purpose.PERSIST:
+            elif operation.purpose is Purpose.PERSIST:
+                self.operations.let_go(operation)
+            else:
                 if operation.target_tier == HOST:
                     self.evictor.health.failed(now, late=True)
                 self.arrivals.late(operation)

@@ -150,7 +150,7 @@ class Evictor:
                 need = min(need, dead)
             backed = min(self._backed_up_tail(node, high), need)
             if backed and self._save_others(node, high - backed, high, now):
-                skipped.append(node)
+                pending += backed
             elif backed:
                 freed += self._gone(DEVICE, [radix.detach(node, DEVICE, high - backed, high)])
             else:
@@ -181,7 +181,7 @@ class Evictor:
     def _leaving(self) -> int:
         """Pages on their way from device to host whose device slots follow. O(in flight)."""
         flying = self._operations.in_flight.values()
-        return sum(each.count for each in flying if each.purpose is Purpose.DEMOTE and not each.late)
+        return sum(each.leaving for each in flying if not each.late)
 
     def _backed_up_tail(self, node: Node, high: int) -> int:
         """How many pages before page `high` are READY on host, counted backwards."""
@@ -226,12 +226,13 @@ class Evictor:
         first = stop - room
         holds = [hold, radix.hold(end, HOST, first)]
         cargo = self.carrier.cargo(end, first, stop) if radix.partials else ()
-        operations.copy(Purpose.DEMOTE, (end, first, room), (DEVICE, HOST), holds, now, cargo)
+        operation = operations.copy(Purpose.DEMOTE, (end, first, room), (DEVICE, HOST), holds, now, cargo)
+        operation.leaving = room
         return room
 
     def _save_others(self, node: Node, low: int, high: int, now: float) -> bool:
         """FULL is on host for pages `low .. high` of `node`: copy there what partial kinds would lose with
-        them. Returns whether a copy was started; then these pages follow once it is done."""
+        them. Returns whether a copy was started; once it is done the next evict lets these pages go."""
         radix, first, stop = self._radix, node.start + low, node.start + high
         if not node.partial or self._operations.full or not self.health.well(now):
             return False
@@ -239,7 +240,9 @@ class Evictor:
         if not cargo:
             return False
         holds = [radix.hold(node, DEVICE), radix.hold(node, HOST, first)]
-        self._operations.copy(Purpose.DEMOTE, (node, first, 0), (DEVICE, HOST), holds, now, cargo)
+        tiers, pages = (DEVICE, HOST), (node, first, 0)
+        operation = self._operations.copy(Purpose.DEMOTE, pages, tiers, holds, now, cargo)
+        operation.leaving = high - low
         return True
 
     def _drop_tail(self, node: Node, page: int) -> int:

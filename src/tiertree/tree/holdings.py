@@ -11,7 +11,7 @@ the structure: which node is where.
 from __future__ import annotations
 
 from collections import OrderedDict
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 
 import numpy as np
 
@@ -69,7 +69,8 @@ class Holdings:
                 return score(node)
             return COLD if self.dead_on(node, tier) else score(node)
 
-        return Victims(attrgetter("host" if tier else "device"), dead_first if self.partials else score)
+        lane_of = attrgetter("host" if tier else "device")
+        return Victims(lane_of, dead_first, lazy=True) if self.partials else Victims(lane_of, score)
 
     # -- slots ----------------------------------------------------------------------------------
 
@@ -136,7 +137,7 @@ class Holdings:
             low = max(low, node.device.count)
         gone = [kind.let_go(node, tier, low, high) for kind in self.partials] if low < high else []
         if any(gone):
-            self.revalue(node, node.start + high - 1)
+            self.revalue([(node, node.start + high - 1)])
 
     def announce(self, node: Node, tier: Tier, low: int, high: int) -> None:
         """Pages `low .. high` of `node` have become READY on `tier`."""
@@ -199,6 +200,11 @@ class Holdings:
             return 0
         return int(np.count_nonzero(lane.slots[alive:] >= 0))
 
+    def parted(self, node: Node) -> None:
+        """`node` has a child more or less, and may be a leaf, or passed by, from now on."""
+        if len(node.children) < 2 and node.pages:
+            self.reassess(node)
+
     def reassess(self, node: Node) -> None:
         """`node` has another end: what is dead, cold or unsaved in it may be another now. O(log n)."""
         node.partial.dead = UNKNOWN
@@ -210,21 +216,28 @@ class Holdings:
                 if kind.lane(node, tier).ticket:
                     kind.victims[tier].refresh(node)
 
-    def revalue(self, node: Node, page: int) -> None:
-        """A partial kind has gained or lost pages of `node`, the last of them `page` (a depth): what can be
-        continued from may be another now, there and in nodes behind it. O(nodes that look back so far)."""
-        todo = [node]
-        while todo:
-            node = todo.pop()
-            node.partial.dead = UNKNOWN
-            for tier in LANES:
-                if node.lane(tier).ticket:
-                    self.victims[tier].refresh(node)
-            todo += [
-                child
-                for child in node.children.values()
-                if any(kind.since(child.start + 1) <= page for kind in self.partials)
-            ]
+    def revalue(self, changed: list[tuple[Node, int]]) -> None:
+        """Partial kinds have gained or lost pages of these nodes, the last one of each at the depth beside
+        it: what can be continued from may be another now, there and in nodes behind them. O(nodes that look
+        back so far)."""
+        seen: dict[Node, int] = {}
+        for first, page in sorted(changed, key=itemgetter(1), reverse=True):
+            todo = [first]
+            while todo:
+                node = todo.pop()
+                if seen.get(node, -1) >= page:
+                    continue
+                seen[node] = page
+                node.partial.dead = UNKNOWN
+                if node.children:
+                    todo += [child for child in node.children.values() if self._looks_back(child, page)]
+                    continue
+                for tier in LANES:
+                    if node.lane(tier).ticket:
+                        self.victims[tier].refresh(node)
+
+    def _looks_back(self, node: Node, page: int) -> bool:
+        return any(kind.since(node.start + 1) <= page for kind in self.partials)
 
     # -- locks ----------------------------------------------------------------------------------
 

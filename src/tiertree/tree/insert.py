@@ -161,7 +161,7 @@ class Insert:
                 kind.ledgers[DEVICE].ready(ours, REQUEST_FILLING)
                 kind.attach(node, DEVICE, inside, ours, filling=False)
                 kind.counters.recovered += int(np.count_nonzero(inside + node.start < depth))
-                self._radix.revalue(node, node.start + int(inside[-1]))
+                self._radix.revalue([(node, node.start + int(inside[-1]))])
 
     @staticmethod
     def _replace(kind: Partial, node: Node, inside: Slots, ours: Slots) -> tuple[Slots, Slots]:
@@ -194,7 +194,10 @@ class Insert:
             if len(pages):
                 excess -= len(pages)
                 kind.counters.declined += kind.ledgers[DEVICE].drop(kind.detach(node, DEVICE, pages))
-                self._radix.revalue(node, node.start + int(pages[-1]))
+                copies = np.intersect1d(kind.evictable(node, HOST), pages)
+                if len(copies):
+                    kind.ledgers[HOST].drop(kind.detach(node, HOST, copies))
+                self._radix.revalue([(node, node.start + int(pages[-1]))])
 
     def _may_grow(self, node: Node, more: int) -> bool:
         return (

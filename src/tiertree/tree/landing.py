@@ -176,4 +176,4 @@ class Landing:
                     part.kind.ledgers[HOST].ready(slots, OPERATION_FILLING)
                     part.kind.attach(node, HOST, inside[bare], slots, filling=False)
                     part.kind.counters.prefetched += len(slots)
-                    self._radix.revalue(node, node.start + int(inside[bare][-1]))
+                    self._radix.revalue([(node, node.start + int(inside[bare][-1]))])

@@ -61,8 +61,8 @@ class Match:
     @property
     def branching_point(self) -> int | None:
         """Where FULL is cached beyond `memory_boundary`, the deepest position there that is on every kind's
-        grid: the best one to save a new state at, since others share the prompt up to there. None where
-        there is no such position."""
+        grid: the best one to save at what each kind needs there (a state, a window), since others share the
+        prompt up to there. None where there is no such position."""
         aligned = self.full_reach - self.full_reach % self._grid
         return aligned if aligned > self.memory_boundary else None
 
@@ -97,7 +97,11 @@ class Allocated:
 
 
 class Lease:
-    """What one request may rely on. Use it as a context manager, or call `release` exactly once."""
+    """What one request may rely on. Use it as a context manager, or call `release` exactly once.
+
+    `device_boundary`: so many pages can be read on device now (`slots`, and `window(kind)` of each partial
+    kind). `memory_boundary`: so many after a load-back. `reach`: up to here FULL is held on device, which
+    may be more than `device_boundary` where another kind is missing. `key`: what it is a lease of."""
 
     __slots__ = (
         "_close",

@@ -121,6 +121,7 @@ class Ledger:
         one by one: each carries the tag, and when every slot's position is written over its tag, all
         positions are still there."""
         count = len(slots)
+        self._proven = None
         if not count:
             return None
         batch = self._batches.get(slots.item(0))

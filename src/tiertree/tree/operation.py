@@ -67,6 +67,8 @@ class Operation:
     target: Slots = field(default_factory=lambda: EMPTY)
     parts: tuple[Part, ...] = ()
     holds: list[Hold] = field(default_factory=list)
+    leaving: int = 0
+    """How many pages of FULL are to leave device once it is done."""
     late: bool = False
     arrived: bool = False
     """The executor is done with it, and it waits for the page before its first."""
@@ -156,7 +158,9 @@ class Operations:
         assert slots is not None
         for node, inside, which in located(end, pages):
             kind.attach(node, tiers[1], inside, slots[which], filling=True)
-        return Part(kind, pages, kind.on(end, tiers[0], pages), slots)
+        source = kind.on(end, tiers[0], pages)
+        assert not len(source) or source.min() >= 0
+        return Part(kind, pages, source, slots)
 
     def named(self, operation: Operation) -> Iterator[tuple[Ledger, Slots]]:
         """Every array of slots that `operation` may touch, with its books."""
@@ -188,13 +192,16 @@ class Operations:
         """The executor will not touch the operation's slots again: pins and holds go."""
         del self.in_flight[operation.number]
         self._storing -= operation.purpose in STORING
-        radix = self._radix
         for ledger, slots in self.named(operation):
             ledger.unpin(slots)
         for part in operation.parts:
             part.kind.offer_path(operation.end, part.pages)
+        self.let_go(operation)
+
+    def let_go(self, operation: Operation) -> None:
+        """The nodes that `operation` works on need not stay; the slots that it may touch stay pinned."""
         for hold in operation.holds:
-            radix.unhold(hold)
+            self._radix.unhold(hold)
         operation.holds.clear()
 
     def touch(self, tier: Tier) -> bool:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 DEVICE, HOST = Tier.DEVICE, Tier.HOST
 COLD = float("-inf")
 """The score of a node that has pages to let go before any other."""
+PASSED_BY = 1e12
+"""So much older a node counts whose window or state the path has passed by: it goes on in one way only,
+whoever comes again goes on from behind, and every match makes the node as young as what is behind it."""
 
 
 @dataclass(slots=True)
@@ -97,9 +100,18 @@ class Partial:
 
         def score(node: Node) -> float:
             pages = self.evictable(node, tier)
-            return COLD if self.cold(node, pages).any() else policy.score(node)
+            if self.cold(node, pages).any():
+                return COLD
+            return policy.score(node) - PASSED_BY if self._passed_by(node) else policy.score(node)
 
         return Victims(lane_of, score, lazy=True)
+
+    def _passed_by(self, node: Node) -> bool:
+        """Whether the path goes on in one way only, and its next end does not look back into `node`."""
+        if len(node.children) != 1:
+            return False
+        (child,) = node.children.values()
+        return self.since(child.end) >= node.end
 
     # -- looking ----------------------------------------------------------------------------------
 

@@ -134,6 +134,8 @@ class Radix(Holdings):
         lane.count = count
         self.resident[tier] += count
         self._occupy(node, tier)
+        if self.partials:
+            self.parted(parent)
         if not self.partials or tier == HOST:
             self.victims[tier].push(node)
         return node
@@ -150,6 +152,8 @@ class Radix(Holdings):
                 lane.slots = np.concatenate([lane.slots, np.full(pages, NOWHERE, np.int64)])
         if self.partials:
             self.reassess(node)
+            if node.parent is not None:
+                self.parted(node.parent)
 
     def cut(self, node: Node, pages: int) -> None:
         """Make `node` end after its first `pages` pages; what goes has no slots and no children. A node
@@ -174,8 +178,8 @@ class Radix(Holdings):
         assert parent is not None
         assert not node.children
         del parent.children[node.label]
-        if self.partials and not parent.children and parent.pages:
-            self.reassess(parent)
+        if self.partials:
+            self.parted(parent)
         if not any(lane.locks for lane in node.lanes):
             node.parent = None
         self.nodes -= 1
@@ -216,8 +220,7 @@ class Radix(Holdings):
                 del self.roots[parent.namespace]
 
     def _unlink_partials(self, node: Node, parent: Node, along: list[list[Slots]]) -> None:
-        if not parent.children and parent.pages:
-            self.reassess(parent)
+        self.parted(parent)
         for kind in self.partials:
             lane = node.partial[2 * kind.index]
             if lane.slots is not None:

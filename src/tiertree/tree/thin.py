@@ -68,7 +68,7 @@ class Thinner:
 
     def _detach(self, kind: Partial, node: Node, tier: Tier, pages: Slots) -> int:
         slots = kind.detach(node, tier, pages)
-        self._radix.revalue(node, node.start + int(pages[-1]))
+        self._radix.revalue([(node, node.start + int(pages[-1]))])
         self._radix.version += 1
         kind.counters.evicted[tier] += len(slots)
         return kind.ledgers[tier].drop(slots)

@@ -101,10 +101,10 @@ class Victims:
 
     def _admit(self) -> None:
         """Score the new candidates."""
-        while self._new:
-            ticket, node = self._new.pop()
+        for ticket, node in self._new:
             if self._lane_of(node).ticket == ticket:
                 self._put((self._score(node), ticket, node))
+        self._new.clear()
 
     def refresh(self, node: Node) -> None:
         """`node` is a candidate, and its score may have fallen. O(log n)."""

@@ -44,6 +44,7 @@ class Pinned:
         self.tier = tier
         self.pages = pages
         self.slots = slots
+        slots.flags.writeable = False
         kind.ledgers[tier].pin(slots)
 
     def unpin(self, end: Node | None) -> None:
