@@ -4,7 +4,7 @@ and a part that has it. Both go to host, the first part first; the second never 
 What makes these fail when it is taken out:
 
 - `Backup._bare` begins at the first page of the path that host lacks, not at the node that was inserted;
-- `Backup._start` takes partial kinds along, those that `Carrier.reach_back` finds in nodes before it too,
+- `Backup._start` takes partial kinds along, those that `Backup._unsaved` finds in nodes before it too,
   but only as far as FULL finds room, and lets go of its holds where nothing does;
 - `Arrivals.arrive` parks a copy that is done before the one of its parent, and fails it with that.
 """

@@ -24,6 +24,7 @@ import pytest
 from hard_support import BACK, DEVICE, HOST, SETS, Case, Setup, each
 
 from tiertree import FULL, SWA, Inserted, Lease, LoadBackConfig, Refused, Tier
+from tiertree.tree.actions import Copy
 from tiertree.tree.node import subtree
 from tiertree.types import Kind
 
@@ -136,6 +137,7 @@ def holds_exactly(rig: Case, setup: Setup, reach: int) -> None:
     for count in (1, 2, 3):
         lease = rig.lease(prompt(setup))
         leases.append(lease)
+        rig.settle()  # a split may have made more worth a place on host
         boundaries = (lease.device_boundary, lease.reach, lease.memory_boundary)
         assert boundaries == (DEEP, reach, memory(setup))
         assert (locks(rig, setup), pins(rig)) == promised(rig, setup, count, reach)
@@ -248,12 +250,13 @@ def refused(rig: Case, setup: Setup, reason: str, hoarded: Kind | None = None, l
     hoard = rig.cache.allocate(rig.free(kind=hoarded) - left, kind=hoarded) if hoarded is not None else None
     pools = [(tier, kind) for kind in (FULL, *setup.kinds) for tier in (DEVICE, HOST)]
     free, slots = [rig.free(*pool) for pool in pools], lease.slots.tolist()
+    before = locks(rig, setup), pins(rig)
     answer = rig.cache.load_back(lease, deadline_s=0)
     rig.look()
     assert isinstance(answer, Refused)
     assert reason in answer.reason
     assert [rig.free(*pool) for pool in pools] == free
-    assert (locks(rig, setup), pins(rig)) == promised(rig, setup, 1, DEEP)
+    assert (locks(rig, setup), pins(rig)) == before
     boundaries = (lease.device_boundary, lease.reach, lease.memory_boundary)
     assert (boundaries, lease.slots.tolist()) == ((DEEP, DEEP, memory(setup)), slots)
     if hoarded is not None:
@@ -278,10 +281,19 @@ def test_no_room_on_device_and_the_request_goes_on(setup: Setup) -> None:
     refused(on_host(setup), setup, "no room on device", FULL, left=1 - next_is_valid(setup))
 
 
+@pytest.mark.parametrize("busy", [False, True], ids=["", "busy"])
 @each(kinds=SETS[1:])
-def test_no_room_for_one_kind_and_the_request_goes_on(setup: Setup) -> None:
+def test_no_room_for_one_kind_and_the_request_goes_on(setup: Setup, busy: bool) -> None:
     for kind in setup.kinds:
-        refused(on_host(setup), setup, f"no room on device for {kind}", kind)
+        rig = on_host(setup)
+        if busy:  # a copy is under way that may or may not make room
+            rig.put(setup.prompt(50), pages=setup.nothing())
+            if setup.policy is BACK:
+                with rig.lease(prompt(setup)):
+                    rig.evict(1)
+            rig.touch(setup.prompt(50))
+            assert rig.running(Copy)
+        refused(rig, setup, f"no room on device for {kind}", kind)
 
 
 @each()

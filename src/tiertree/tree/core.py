@@ -232,14 +232,15 @@ class Core:
         self._insert.check(self.radix.ledgers[DEVICE], slots, pages, tag)
         mine = hold.end if hold is not None else None
         end, existing, depth = self._insert.insert(key, slots, first, now, mine)
-        if end is not None and self.radix.partials:
+        partials = self.radix.partials
+        if partials and end is not None:
             plain = [self._insert.fill(each, end, first, depth) for each in brought]
-            if len(plain) == len(self.radix.partials) and all(plain):
+            if len(plain) == len(partials) and all(plain):
                 end.partial.dead = 0
         self.radix.version += 1
         if lease is not None and end is not None:
             self._move(lease, key, end)
-        if end is not None and self.radix.partials:
+        if partials and end is not None:
             self.radix.offer(end, DEVICE)
         if self.backup.enabled and end is not None:
             self.backup.offer(end, now)

@@ -70,7 +70,7 @@ class Holdings:
             return COLD if self.dead_on(node, tier) else score(node)
 
         lane_of = attrgetter("host" if tier else "device")
-        return Victims(lane_of, dead_first, lazy=True) if self.partials else Victims(lane_of, score)
+        return Victims(lane_of, dead_first if self.partials else score)
 
     # -- slots ----------------------------------------------------------------------------------
 

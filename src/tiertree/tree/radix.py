@@ -123,8 +123,6 @@ class Radix(Holdings):
         count = len(slots)
         lanes = (Lane(), Lane() if self.has_host else ABSENT)
         node = Node(edge, count, parent.end + count, parent, lanes)
-        if self.partials:
-            node.partial = Partials(self._blank)
         node.last_used = now
         node.label = edge[: self.keys.page_bytes]
         parent.adopt(node)
@@ -135,9 +133,11 @@ class Radix(Holdings):
         self.resident[tier] += count
         self._occupy(node, tier)
         if self.partials:
+            node.partial = Partials(self._blank)
             self.parted(parent)
-        if not self.partials or tier == HOST:
-            self.victims[tier].push(node)
+            if tier == DEVICE:
+                return node
+        self.victims[tier].push(node)
         return node
 
     def lengthen(self, node: Node, more: bytes) -> None:

@@ -33,8 +33,8 @@ class Policy(Protocol):
 
 
 class Victims:
-    """The candidates of one lane. `lazy`: where a score costs more than a push, new candidates get theirs
-    when somebody asks for candidates; most have gone by then."""
+    """The candidates of one lane. `lazy`: new candidates get their scores when somebody asks for candidates;
+    most have gone by then."""
 
     __slots__ = ("_heap", "_lane_of", "_lazy", "_new", "_run", "_score", "_ticket", "live")
 
@@ -58,13 +58,20 @@ class Victims:
 
     def push(self, node: Node) -> None:
         """`node` is a candidate now; it has no live entry."""
+        if self._lazy:
+            self._defer(node)
+            return
         self._ticket += 1
         self._lane_of(node).ticket = self._ticket
         self.live += 1
-        if self._lazy:
-            self._new.append((self._ticket, node))
-        else:
-            self._put((self._score(node), self._ticket, node))
+        self._put((self._score(node), self._ticket, node))
+
+    def _defer(self, node: Node) -> None:
+        """Enter `node` without a score."""
+        self._ticket += 1
+        self._lane_of(node).ticket = self._ticket
+        self.live += 1
+        self._new.append((self._ticket, node))
 
     def _put(self, item: tuple[float, int, Node]) -> None:
         run = self._run
@@ -107,10 +114,11 @@ class Victims:
         self._new.clear()
 
     def refresh(self, node: Node) -> None:
-        """`node` is a candidate, and its score may have fallen. O(log n)."""
+        """`node` is a candidate, and its score may have fallen: it gets a new one when somebody asks. O(1)
+        amortised."""
         if self._lane_of(node).ticket:
             self.discard(node)
-        self.push(node)
+        self._defer(node)
 
     def discard(self, node: Node) -> None:
         """`node` is no candidate any more; its entry dies where it lies."""
