@@ -18,9 +18,7 @@ Ratios are full ÷ before (at most 1 where nothing became slower) and other ÷ f
 
 from __future__ import annotations
 
-import gc
 import importlib
-import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +31,7 @@ import tree
 from common import Result
 
 WINDOW, EVERY = 1024, 2048
+HEADS = 30
 COSTS_AT_MOST = 2.0
 
 
@@ -102,7 +101,7 @@ def load(directory: Path | None) -> Any:
 
 
 def compare(contest: tree.Contest) -> list[Result]:
-    """full ÷ before, and every hybrid ÷ full."""
+    """full ÷ before, and every hybrid ÷ full; printed as well."""
     found = []
     for name in contest.times:
         for operation in tree.OPERATIONS[1:] if name != "full" else ():
@@ -113,6 +112,7 @@ def compare(contest: tree.Contest) -> list[Result]:
             else:
                 ratio = common.ratios(theirs, full)
                 found.append(Result(what + f"{name} / full", ratio, COSTS_AT_MOST, at_most=True))
+    contest.show(found)
     return found
 
 
@@ -130,38 +130,19 @@ def main() -> None:
     print(common.warm_memory(options.warm_megabytes), flush=True)
     before = None if options.before is None else load(options.before.resolve())
     package = load(None)
+    wanted = options.sides.split(",") if options.sides else None
+
+    def make_sides(page_size: int, room: int) -> list[Any]:
+        every = sides(package, before, page_size, room)
+        return [side for side in every if wanted is None or side.name in ("full", *wanted)]
+
     everything: list[Result] = []
     for page_size in map(int, options.pages.split(",")):
         for tokens in [1024] if options.quick else map(int, options.lengths.split(",")):
-            everything += run(package, before, page_size, tokens, options)
+            everything += compare(tree.run_contest(page_size, tokens, options, make_sides, HEADS))
     report["results"] = [result.plain() for result in everything]
     common.closing(everything)
     common.write_json(options.json, report)
-
-
-def run(package: Any, before: Any | None, page_size: int, tokens: int, options: Any) -> list[Result]:
-    """One page size, one length, as in `tree.py`."""
-    heads = 10 if options.quick else 30
-    population = heads * tree.TAILS * tree.TAIL_TOKENS
-    batch = max(1, min(options.batch, population * 9 // 10 // (options.pairs * tokens)))
-    rng = random.Random(options.seed)
-    room = 2 * population + heads * tree.HEAD_TOKENS + 3 * options.pairs * batch * tokens + (1 << 16)
-    wanted = options.sides.split(",") if options.sides else None
-    chosen = [
-        side
-        for side in sides(package, before, page_size, room)
-        if wanted is None or side.name in ("full", *wanted)
-    ]
-    contest = tree.Contest(page_size, tokens, chosen)
-    contest.populate(heads)
-    beginnings = [s[: tree.HEAD_TOKENS] for s in common.populations(heads, 1, tree.HEAD_TOKENS, 0)]
-    gc.collect()
-    for turn in range(options.pairs):
-        contest.run_pair(turn, tree.Batch.make(batch, tokens, page_size, rng))
-        contest.refill(batch * tokens, rng, beginnings)
-    results = compare(contest)
-    contest.show(results)
-    return results
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from __future__ import annotations
 import gc
 import random
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,25 +145,25 @@ class Contest:
             print(f"  {result.what:<48} {result.ratio!s:<44} {result.verdict()}")
 
 
-def run_contest(page_size: int, tokens: int, options: Any) -> tuple[Contest, list[Result]]:
-    """One page size, one length: fresh trees, `options.pairs` pairs."""
-    heads = 10 if options.quick else HEADS
+def run_contest(
+    page_size: int, tokens: int, options: Any, make_sides: Callable[[int, int], list[Any]], heads: int = HEADS
+) -> Contest:
+    """One page size, one length: fresh trees with `heads * TAILS` sequences, `options.pairs` pairs.
+    `make_sides(page_size, room)` gives empty sides with room for `room` tokens."""
+    heads = 10 if options.quick else heads
     population = heads * TAILS * TAIL_TOKENS
     # Evictions must take from the population only, never from the prompts of earlier pairs.
     batch = max(1, min(options.batch, population * 9 // 10 // (options.pairs * tokens)))
     rng = random.Random(options.seed)
     room = 2 * population + heads * HEAD_TOKENS + 3 * options.pairs * batch * tokens + (1 << 16)
-    sides = contenders.available_sides(page_size, room, max(tokens, HEAD_TOKENS + TAIL_TOKENS), options.sides)
-    contest = Contest(page_size, tokens, sides)
+    contest = Contest(page_size, tokens, make_sides(page_size, room))
     contest.populate(heads)
     beginnings = [s[:HEAD_TOKENS] for s in common.populations(heads, 1, HEAD_TOKENS, 0)]
     gc.collect()
     for turn in range(options.pairs):
         contest.run_pair(turn, Batch.make(batch, tokens, page_size, rng))
         contest.refill(batch * tokens, rng, beginnings)
-    results = contest.results()
-    contest.show(results)
-    return contest, results
+    return contest
 
 
 def main() -> None:
@@ -178,10 +179,17 @@ def main() -> None:
     report["memory"] = common.warm_memory(options.warm_megabytes)
     print(report["memory"], flush=True)
     lengths = [1024] if options.quick else [int(length) for length in options.lengths.split(",")]
+    longest = max(*lengths, HEAD_TOKENS + TAIL_TOKENS)
+
+    def make_sides(page_size: int, room: int) -> list[Any]:
+        return contenders.available_sides(page_size, room, longest, options.sides)
+
     everything: list[Result] = []
     for page_size in map(int, options.pages.split(",")):
         for tokens in lengths:
-            contest, results = run_contest(page_size, tokens, options)
+            contest = run_contest(page_size, tokens, options, make_sides)
+            results = contest.results()
+            contest.show(results)
             everything += results
             times = {
                 name: {operation: times.summary_us() for operation, times in rows.items()}

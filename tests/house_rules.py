@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 LAYERS = (
-    *("types", "validate", "components", "kvlayout", "kindconfig", "config"),
+    *("types", "validate", "components", "kvlayout", "kindconfig", "tierconfig", "config"),
     *("tree", "policy", "pools", "transfer", "storage"),
     *("events", "metrics", "executor", "driver", "guard", "build", "lifecycle", "cache"),
     *("engines", "replay", "testing", "server", "cli", "__main__"),

@@ -122,8 +122,8 @@ class Backup:
         self._counters.backed_up += operation.count
         for part in operation.parts:
             part.kind.counters.backed_up += len(part.pages)
-        end = deepest = operation.end
-        if not self.storage or end is None or deepest is None or end.detached:
+        end = operation.end
+        if not self.storage or end is None or end.detached:
             return
         self._counters.offered += operation.count
         if self._operations.storage_full:
@@ -142,7 +142,7 @@ class Backup:
         spans = [Span(FULL, hashes, put.source)]
         for part in put.parts:
             low = int(part.pages[0])
-            chain = radix.hashes.of_range(deepest, low, int(part.pages[-1]) + 1 - low)
+            chain = radix.hashes.of_range(end, low, int(part.pages[-1]) + 1 - low)
             theirs = tuple(chain[page - low] for page in part.pages.tolist())
             spans.append(Span(part.kind.kind, theirs, part.source))
         self._storing[put.number] = (self._epoch, hashes)

@@ -80,11 +80,10 @@ class Carrier:
     def _fitting(self, kind: Partial, end: Node, wanted: Slots, stop: int) -> Slots:
         """As many of the last of `wanted` as host has or can make room for without giving up what continuing
         at `stop` needs of it; what is worth something only together goes together."""
-        ledger, taken = kind.ledgers[HOST], wanted
-        if ledger.free < len(wanted):
-            with spared(kind, end, np.arange(kind.since(stop), stop)):
-                room = ledger.free + kind.resident[HOST] - ledger.pinned
-                taken = _together(kind, wanted, room)
+        taken = wanted
+        if kind.ledgers[HOST].free < len(wanted):
+            with spared(kind, end, kind.needed(stop)):
+                taken = _together(kind, wanted, kind.room(HOST))
                 self._thinner.room_on_host(kind, len(taken))
         kind.counters.backups_dropped += len(wanted) - len(taken)
         return taken

@@ -58,7 +58,7 @@ def boundaries(core: Core) -> Findings:
                 yield f"{lease} relies on {kind.kind} that is not READY, or not pinned"
             beyond = [each for each in lease.beyond if each.kind is kind]
             if lease.memory_boundary > lease.device_boundary:
-                wanted = np.arange(kind.since(lease.memory_boundary), lease.memory_boundary)
+                wanted = kind.needed(lease.memory_boundary)
                 have = np.sort(np.concatenate([np.empty(0, np.int64), *(each.pages for each in beyond)]))
                 if not np.array_equal(wanted, have):
                     yield f"{lease} lacks {kind.kind} for its memory boundary"

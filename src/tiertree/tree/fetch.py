@@ -170,7 +170,7 @@ class Fetches:
         before = min(boundary_of(have, depth), first)
         there = [(kind, mask | self._held(prefetch, found, at)) for at, (kind, mask) in enumerate(have)]
         goal = boundary_of(there, hit)
-        if any(self._wants(kind, mask, goal) > self._could_have(kind) for kind, mask in have):
+        if any(self._wants(kind, mask, goal) > kind.room(HOST) for kind, mask in have):
             return None
         if goal - before >= self.pages_min:
             goal = boundary_of(there, min(goal, first + self._room(end, goal - first)))
@@ -190,12 +190,6 @@ class Fetches:
     def _wants(kind: Partial, mask: NDArray[np.bool_], goal: int) -> int:
         """How many pages of `kind` memory lacks for continuing at `goal`."""
         return int(np.count_nonzero(~mask[kind.since(goal) : goal]))
-
-    @staticmethod
-    def _could_have(kind: Partial) -> int:
-        """How many slots of `kind` host has free, or could have."""
-        ledger = kind.ledgers[HOST]
-        return ledger.free + kind.resident[HOST] - ledger.pinned
 
     @staticmethod
     def _held(prefetch: Prefetch, found: Completion, at: int) -> NDArray[np.bool_]:

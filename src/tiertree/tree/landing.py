@@ -58,9 +58,10 @@ class Landing:
         before, stop = self._worth(prefetch)
         parcel, attached = prefetch.parcel[: max(0, stop - first)], 0
         key = prefetch.key.head(stop)
-        if stop > before and not prefetch.unwanted and radix.find(key)[1] >= min(first, stop):
+        path, partial, inside = radix.walk(key)
+        depth = (path[-1].end if path else 0) + inside
+        if stop > before and not prefetch.unwanted and depth >= min(first, stop):
             if len(parcel):
-                path, partial, inside = radix.walk(key)
                 if partial is not None:
                     path.append(radix.split(partial, inside))
                 if radix.host_prefix_closed and self._must_wait(prefetch, path, now):
@@ -93,7 +94,7 @@ class Landing:
         """Slots that found no place go home, the others are the tree's alone."""
         self._radix.ledgers[HOST].unpin(prefetch.parcel)
         prefetch.parcel = EMPTY
-        end, depth = self._radix.find(prefetch.key)
+        end, depth = self._radix.find(prefetch.key) if prefetch.parts else (None, 0)
         for part in prefetch.parts:
             part.kind.ledgers[HOST].unpin(part.target)
             part.kind.offer_path(end, part.pages[part.pages < depth])

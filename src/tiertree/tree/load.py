@@ -132,7 +132,7 @@ class Loads:
     @staticmethod
     def _lacking(kind: Partial, end: Node, stop: int) -> Slots:
         """Pages (depths) that continuing at `stop` needs of `kind` and that have no slot on device."""
-        pages = np.arange(kind.since(stop), stop)
+        pages = kind.needed(stop)
         lacking: Slots = pages[kind.on(end, DEVICE, pages, filling=True) == NOWHERE]
         return lacking
 
@@ -174,7 +174,7 @@ class Loads:
 
     @staticmethod
     def _pin(kind: Partial, end: Node, stop: int) -> Pinned:
-        pages = np.arange(kind.since(stop), stop)
+        pages = kind.needed(stop)
         return Pinned(kind, DEVICE, pages, kind.on(end, DEVICE, pages, filling=True))
 
     def _running(self, end: Node, first: int, stop: int) -> set[int]:
@@ -186,8 +186,7 @@ class Loads:
                 filling.update(lane.slots[low:high].tolist())
         others: dict[int, set[int]] = {}
         for kind in self._radix.partials:
-            pages = np.arange(kind.since(stop), stop)
-            slots = kind.on(end, DEVICE, pages, filling=True)
+            slots = kind.on(end, DEVICE, kind.needed(stop), filling=True)
             slots = slots[slots != NOWHERE]
             others[kind.index] = set(slots[kind.ledgers[DEVICE].book[slots] == NODE_FILLING].tolist())
         if not filling and not any(others.values()):
@@ -262,7 +261,7 @@ class Loads:
             if node.detached or lane.slots is None or not np.all(lane.ready_mask(ledger)[low:high]):
                 return False
         return all(
-            (kind.on(end, DEVICE, np.arange(kind.since(load.boundary), load.boundary)) != NOWHERE).all()
+            (kind.on(end, DEVICE, kind.needed(load.boundary)) != NOWHERE).all()
             for kind in self._radix.partials
         )
 

@@ -3,8 +3,8 @@
     FULL     ██████████████████████   the spine: every page of a node, locked by node
     partial  ····██░░░░██·····█████   a slot where there is one; pinned by slot, evicted from anywhere
 
-A page of a partial kind is on device only where FULL is on device, and on host only where FULL is in
-memory at all: where FULL goes, the others go along.
+A page of a partial kind is on device only where FULL is on device, and READY there only where FULL is
+READY; on host only where FULL is in memory at all: where FULL goes, the others go along.
 """
 
 from __future__ import annotations
@@ -122,6 +122,10 @@ class Partial:
     def since(self, boundary: int) -> int:
         """The first page that continuing at `boundary` needs."""
         return self.rules.since(boundary, self.page_size) if boundary else 0
+
+    def needed(self, boundary: int) -> Slots:
+        """The pages (ascending depths) that continuing at `boundary` needs."""
+        return np.arange(self.since(boundary), boundary)
 
     def kept(self, node: Node, pages: Slots) -> NDArray[np.bool_]:
         """Which of these pages (indices inside `node`) are worth a place on host."""
@@ -341,6 +345,11 @@ class Partial:
     def protected(self, tier: Tier) -> int:
         """How many pages on `tier` somebody has pinned. O(1)."""
         return self.ledgers[tier].pinned
+
+    def room(self, tier: Tier) -> int:
+        """How many slots on `tier` are free or can become so: nobody has pinned their pages. O(1)."""
+        ledger = self.ledgers[tier]
+        return ledger.free + self.resident[tier] - ledger.pinned
 
 
 def boundary(partials: Sequence[Partial], end: Node, limit: int, device_only: bool, floor: int = 0) -> int:

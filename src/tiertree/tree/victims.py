@@ -2,6 +2,8 @@
 
     run    0.1 0.4 0.4 0.7 1.2 …     a queue in ascending order: scores mostly come in order
     heap   0.3 0.9 …                 a binary heap for those that do not
+    new    · · ·                     a list of those without a score yet: they get one, and go into run
+                                     or heap, when somebody asks for candidates
 
 Entries are (score, ticket, node). Only *candidates* enter: nodes whose tail page I7 lets go. A touch of
 a node writes `last_used` and nothing else, so an entry's score may be stale; it is corrected when it
@@ -56,22 +58,15 @@ class Victims:
     def __len__(self) -> int:
         return len(self._heap) + len(self._run) + len(self._new)
 
-    def push(self, node: Node) -> None:
-        """`node` is a candidate now; it has no live entry."""
-        if self._lazy:
-            self._defer(node)
-            return
+    def push(self, node: Node, later: bool = False) -> None:
+        """`node` is a candidate now; it has no live entry. `later`: it gets its score when somebody asks."""
         self._ticket += 1
         self._lane_of(node).ticket = self._ticket
         self.live += 1
-        self._put((self._score(node), self._ticket, node))
-
-    def _defer(self, node: Node) -> None:
-        """Enter `node` without a score."""
-        self._ticket += 1
-        self._lane_of(node).ticket = self._ticket
-        self.live += 1
-        self._new.append((self._ticket, node))
+        if later or self._lazy:
+            self._new.append((self._ticket, node))
+        else:
+            self._put((self._score(node), self._ticket, node))
 
     def _put(self, item: tuple[float, int, Node]) -> None:
         run = self._run
@@ -118,7 +113,7 @@ class Victims:
         amortised."""
         if self._lane_of(node).ticket:
             self.discard(node)
-        self._defer(node)
+        self.push(node, True)
 
     def discard(self, node: Node) -> None:
         """`node` is no candidate any more; its entry dies where it lies."""

@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
-
 from ..types import Slots, Tier
 from .node import NOWHERE, Node
 from .partial import DEVICE, HOST, Partial
@@ -55,8 +53,8 @@ class Pinned:
 
 def pin_window(kind: Partial, end: Node, boundary: int) -> tuple[Window, Pinned]:
     """Pin what `kind` has READY on device of the window before `boundary`."""
-    first, start = kind.since(boundary), end.end - end.pages
-    pages = np.arange(first, boundary)
+    pages, start = kind.needed(boundary), end.end - end.pages
+    first = boundary - len(pages)
     lane = kind.lane(end, DEVICE)
     if first >= start and lane.slots is not None and not lane.filling:
         slots = lane.slots[first - start : boundary - start].copy()
@@ -86,7 +84,7 @@ def spared(kind: Partial, end: Node | None, pages: Slots) -> Iterator[None]:
 
 def pin_beyond(kind: Partial, end: Node, boundary: int) -> list[Pinned]:
     """Pin what continuing at `boundary` would need, each page where it is READY: on device, else on host."""
-    pages = np.arange(kind.since(boundary), boundary)
+    pages = kind.needed(boundary)
     device = kind.on(end, DEVICE, pages)
     bare = device == NOWHERE
     host = kind.on(end, HOST, pages[bare])
