@@ -5,6 +5,8 @@ TORCH ?= torch==2.13.0
 SOAK_SECONDS ?= 600
 BENCH_FLAGS ?=
 PYTEST_FLAGS ?=
+MUTANTS_FLAGS ?= --sample 500 --seed 1
+SIMULATE_FLAGS ?= --seeds 1000 --jobs 2
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -12,7 +14,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 BENCHMARKS := copies disk tree kinds flat replay
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format bench soak clean
+.PHONY: help venv demo test lint format bench soak mutants simulate clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -50,6 +52,12 @@ bench: $(STAMP)  ## measure; peers only where they are installed (BENCH_FLAGS=--
 
 soak: $(STAMP)  ## run the long tests for SOAK_SECONDS (600)
 	@OMP_NUM_THREADS=1 SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/pytest -m soak $(PYTEST_FLAGS)
+
+simulate: $(STAMP)  ## 100,000 requests in made-up worlds where anything goes wrong (SIMULATE_FLAGS)
+	@OMP_NUM_THREADS=1 $(BIN)/tiertree simulate $(SIMULATE_FLAGS)
+
+mutants: $(STAMP)  ## plant 500 small faults, one at a time: which of them does no test notice? (MUTANTS_FLAGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py $(MUTANTS_FLAGS)
 
 clean:  ## remove .venv and whatever tools leave behind
 	@rm -rf .venv build dist src/*.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

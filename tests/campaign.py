@@ -122,11 +122,13 @@ def reload(world: World, rng: random.Random) -> None:
         answer_all(world, Copy)
 
 
-def fetch_now(world: World, tokens: list[int], namespace: str) -> None:
-    """A prompt is read from storage without delay."""
+def fetch_now(world: World, rng: random.Random, tokens: list[int], namespace: str) -> None:
+    """A prompt is read from storage without delay, as far as storage still has what it says it holds."""
     world.prefetch(tokens, namespace)
     answer_all(world, Query)
-    answer_all(world, Get)
+    for op in world.running(Get):
+        world.answer(op, rng.random() < 0.8, rng.randrange(8))
+    world.cache.poll()
     world.match(tokens, namespace)
 
 
@@ -137,7 +139,7 @@ def comeback(world: World, rng: random.Random) -> None:
     store_all(world, rng)
     world.evict(16, Tier.HOST, kind)
     world.evict(rng.choice([1, 2]), Tier.DEVICE, kind)
-    fetch_now(world, tokens, namespace)
+    fetch_now(world, rng, tokens, namespace)
 
 
 def restart(world: World, rng: random.Random) -> None:
@@ -145,7 +147,7 @@ def restart(world: World, rng: random.Random) -> None:
     tokens, namespace = some_line(world, rng)
     store_all(world, rng)
     world.restart()
-    fetch_now(world, tokens, namespace)
+    fetch_now(world, rng, tokens, namespace)
 
 
 def evict(world: World, rng: random.Random) -> None:

@@ -10,6 +10,9 @@ from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Pages that nobody owns are poisoned in all tests (see `tiertree.poison`); TIERTREE_DEBUG_POISON=0: in none.
+os.environ.setdefault("TIERTREE_DEBUG_POISON", "1")
+
 # A failure prints the blob that repeats it. No deadlines: nothing in the tests asserts on wall-clock time.
 settings.register_profile("dev", print_blob=True, deadline=None)
 # The same examples on every run, so that a change fails for what it changed.

@@ -10,6 +10,7 @@ from kinds import CHUNK, Chunked
 from tiertree import (
     MAMBA,
     SWA,
+    BreakerConfig,
     Component,
     KindConfig,
     LoadBackConfig,
@@ -75,6 +76,7 @@ def draw_options(rng: random.Random) -> dict[str, object]:
         "selective_hits": rng.randint(1, 3),
         "op_deadline_seconds": rng.choice([1.0, 30.0, 30.0]),
         "max_operations": rng.choice([2, 4096, 4096]),
+        "breaker": BreakerConfig(failures=rng.choice([1, 1, 2, 3, 1000]), base_seconds=0.1, max_seconds=1.0),
         "load_back": LoadBackConfig(min_tokens=rng.choice([0, 2]), max_pages=rng.choice([None, 1, 3])),
         "prefetch": PrefetchConfig(
             min_tokens=rng.choice([0, 2]),

@@ -14,8 +14,9 @@ from typing import NamedTuple
 LAYERS = (
     *("types", "validate", "components", "kvlayout", "kindconfig", "tierconfig", "config"),
     *("tree", "policy", "pools", "transfer", "storage"),
-    *("events", "metrics", "executor", "driver", "guard", "build", "lifecycle", "cache"),
-    *("engines", "replay", "testing", "server", "cli", "__main__"),
+    *("events", "metrics", "treeview", "executor", "poison", "driver"),
+    *("guard", "build", "lifecycle", "cache"),
+    *("engines", "replay", "testing", "simulate", "server", "cli", "__main__"),
 )
 """What stands directly in the package, each allowed to import only itself and what comes before it."""
 
@@ -31,8 +32,16 @@ IMPURE_MODULES = frozenset(
 )
 IMPURE_CALLS = frozenset({"open", "print", "input", "exec", "eval", "__import__"})
 
+EXECUTING_MODULES = frozenset(
+    ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml", "code")
+)
+EXECUTING_CALLS = frozenset({"eval", "exec", "compile", "__import__"})
+EXECUTING_METHODS = frozenset(
+    ("torch.load", "torch.hub", "np.load", "numpy.load", "os.system", "os.popen", "importlib.import_module")
+)
+
 KIND_WORDS = frozenset({"SWA", "MAMBA", "swa", "mamba"})
-KINDS_ALLOWED = ("types", "components", "engines", "replay")
+KINDS_ALLOWED = ("types", "components", "engines", "replay", "simulate")
 """The layers that may tell the kinds apart (and the package's own list of public names)."""
 
 UNFINISHED = re.compile(r"\b(" + "|".join(("TO" + "DO", "FIX" + "ME", "X" + "XX", "HA" + "CK")) + r")\b")
@@ -112,6 +121,26 @@ def impurity(module: Module) -> list[str]:
                 complaints.append(f"{module.path}:{line}: {module.layer} calls {name}()")
             case ast.Attribute(value=ast.Name(id="np" | "numpy"), attr="random", lineno=line):
                 complaints.append(f"{module.path}:{line}: {module.layer} uses numpy.random")
+    return complaints
+
+
+def executes_input(module: Module) -> list[str]:
+    """Whatever could run what it reads: pickles, evaluated texts, code or shells made of strings."""
+    complaints = [
+        f"{module.path}:{line}: imports {name}"
+        for line, name in imported(module)
+        if name.split(".")[0] in EXECUTING_MODULES
+    ]
+    for node in ast.walk(module.tree):
+        match node:
+            case ast.Call(func=ast.Name(id=name), lineno=line) if name in EXECUTING_CALLS:
+                complaints.append(f"{module.path}:{line}: calls {name}()")
+            case ast.Call(func=ast.Attribute(value=ast.Name(id=owner), attr=name), lineno=line):
+                if f"{owner}.{name}" in EXECUTING_METHODS:
+                    complaints.append(f"{module.path}:{line}: calls {owner}.{name}()")
+            case ast.keyword(arg="shell" | "allow_pickle" as name, value=value):
+                if not (isinstance(value, ast.Constant) and value.value is False):
+                    complaints.append(f"{module.path}:{value.lineno}: passes {name}")
     return complaints
 
 

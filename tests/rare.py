@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from tiertree import FULL, MAMBA, BlockRemoved, Tier
 from tiertree.testing.oracle import Oracle, Page
+from tiertree.tree.breaker import State
 from tiertree.tree.node import Node, fragments
 from tiertree.tree.operation import Purpose
 from tiertree.types import Kind
@@ -48,6 +49,13 @@ RARE = (
     "cap on states enforced",
     "page off the grid declined",
     "copied on write",
+    "copies to host left alone",
+    "storage writes left alone",
+    "storage reads left alone",
+    "left alone and well again",
+    "page not offered to a storage that is left alone",
+    "prefetch refused to a storage that is left alone",
+    "storage did not bring what it said it holds",
 )
 """What the campaign must have met."""
 
@@ -60,6 +68,7 @@ class Watch:
         self.seen = world.seen
         self._bare: set[Page] = set()
         self._before: dict[str, int] = {}
+        self._ill: set[str] = set()
         self._watch_splits()
 
     # -- after each step --------------------------------------------------------------------------
@@ -68,6 +77,7 @@ class Watch:
         """Look at what the step has done: `removed` are its events, `was` the oracle's dict before it."""
         world, seen = self.world, self.seen
         self._counted()
+        self._breakers()
         if world.cache.config.host is not None:
             seen["both full"] += world.free(DEVICE) == world.free(HOST) == 0
             seen["both pools of a partial kind full"] += any(
@@ -89,6 +99,8 @@ class Watch:
             "prefetched": sum(each.prefetched for each in kinds.values()),
             "dropped": sum(each.backups_dropped + each.dropped for each in kinds.values()),
             "victims": full.dropped,
+            "not offered": full.persists_dropped,
+            "vanished": full.prefetch_vanished,
         }
         more = {name: count - self._before.get(name, 0) for name, count in now.items()}
         self._before, seen = now, self.seen
@@ -97,6 +109,18 @@ class Watch:
         seen["prefetch of a partial kind alone"] += more["prefetched"] > 0 and not more["prefetched full"]
         seen["partial kind dropped for want of host room"] += more["dropped"] > 0
         seen["dropped victim"] += more["victims"] > 0
+        seen["page not offered to a storage that is left alone"] += more["not offered"] > 0
+        seen["storage did not bring what it said it holds"] += more["vanished"] > 0
+
+    def _breakers(self) -> None:
+        """Which ways to a tier are left alone, and which have come back."""
+        now = self.world.clock()
+        every = self.world.core.operations.breakers.all
+        ill = {each.name for each in every if each.state(now) != State.CLOSED}
+        for name in ill - self._ill:
+            self.seen[f"{name} left alone"] += 1
+        self.seen["left alone and well again"] += len(self._ill - ill)
+        self._ill = ill
 
     def _inside(self, removed: Iterable[BlockRemoved]) -> None:
         """A page of a partial kind has gone, and FULL goes on behind it."""

@@ -48,6 +48,7 @@ def every_call(cache: PrefixCache, key: Any, match: Any, lease: Any) -> list[Cal
         lambda: cache.invalidate("x"),
         lambda: cache.take_events(),
         lambda: cache.stats(),
+        lambda: cache.tree(),
         lambda: cache.check(),
         lambda: cache.attach_storage(KeyStorage(1)),
         lambda: cache.detach_storage(),

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tiertree.storage import segment as segment_module
-from tiertree.storage.base import Got, Wrote
+from tiertree.storage.base import Got, Storage, Wrote
 from tiertree.storage.disk import DiskStorage
 from tiertree.storage.tamper import flip_byte
 from tiertree.testing.conformance import check_storage, held, page_content, page_key, read, write
@@ -31,7 +31,12 @@ def test_disk_storage_conforms(tmp_path: Path, durability: str) -> None:
         path = tmp_path / uuid4().hex
         return DiskStorage(path, capacity, durability=durability, files=CountedFiles(path, capacity))
 
-    check_storage(make, flipped)
+    def reopen(storage: Storage) -> DiskStorage:
+        assert isinstance(storage, DiskStorage)
+        path, capacity = Path(storage.path), storage.stats().capacity_bytes
+        return DiskStorage(path, capacity, durability=durability, files=CountedFiles(path, capacity))
+
+    check_storage(make, flipped, reopen)
 
 
 def test_pages_longer_than_one_read_round_trip(tmp_path: Path) -> None:

@@ -259,3 +259,17 @@ def test_modes(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o700
     assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {0o600}
     storage.close()
+
+
+def test_a_record_is_one_at_its_own_place_only(tmp_path: Path) -> None:
+    """Bytes of a whole record that lie elsewhere, or are of another segment, end the walk."""
+    for number, shift in ((1, 8), (2, 0)):
+        first = segment(1, pages(1), sealed=False)
+        key, payload = page_key(2), bytes(page_content(2, 300))
+        stray = record(1, key, payload, number, len(first) + shift)
+        path = directory(tmp_path / f"{number}", s1=first + stray)
+        storage = DiskStorage(path, CAPACITY)
+        assert read(storage, 1, 300) == (Got.HIT, bytes(page_content(1, 300)))
+        assert read(storage, 2, 300)[0] is Got.MISS
+        assert storage.stats().pages == 1
+        storage.close()

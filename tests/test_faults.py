@@ -150,13 +150,13 @@ def test_a_query_is_answered_kind_by_kind() -> None:
 def test_a_failed_get_brings_what_it_says_of_each_kind() -> None:
     executor = several_kinds()
     executor.fail(2, 2, others=[1])
-    assert executor.poll() == [Completion(2, 2, "failed", others=(1,))]
+    assert executor.poll() == [Completion(2, 2, "failed", others=(1,), broken=True)]
     assert executor.contents[HOST][:2] == ["full 0", "full 1"]
     assert executor.of(OTHER)[HOST] == ["other 0", JUNK, None]
     for pages, others in ((0, 0), (1, 2)):
         executor.submit(Get(3, (some(FULL, 0, 1), some(OTHER, 0, 1))))
         executor.fail(3, pages)
-        assert executor.poll() == [Completion(3, pages, "failed", others=(others,))]
+        assert executor.poll() == [Completion(3, pages, "failed", others=(others,), broken=True)]
 
 
 def test_pages_told_of_by_a_progress_are_not_touched_again() -> None:

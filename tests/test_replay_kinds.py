@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_replay import BLOCK, POLICIES, random_requests, replayed, requests_of
 
-from tiertree import FULL, MAMBA, SWA, ConfigError, StateLayout, StopRule, WritePolicy
+from tiertree import FULL, MAMBA, SWA, ConfigError, StateLayout, StopRule, Tier, WritePolicy
 from tiertree.replay import Replay, ReplayOptions, Report, Request, read_trace
 from tiertree.replay.payload import Payload, state_layout_of
 from tiertree.replay.show import kinds, sentences
@@ -260,7 +260,8 @@ def test_one_byte_of_one_kind_is_a_mismatch_of_that_kind(kind: Any) -> None:
             if tally.requests == 1:
                 pools = replay.cache.device_pools
                 assert pools is not None
-                pools[kind].main.logical[:, 0, 0, 0, 0, 0] ^= 1
+                owned = np.flatnonzero(replay.cache._core.ledger(kind, Tier.DEVICE).book)
+                pools[kind].main.logical[owned, 0, 0, 0, 0, 0] ^= 1
 
         report = replay.run(watch)
     wrong = {each: tally.mismatched for each, tally in report.tally.kinds.items()}

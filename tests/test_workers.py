@@ -225,7 +225,9 @@ def test_a_queued_job_that_is_cancelled_or_refused_answers_for_each_span(desk: D
     assert started.wait(30)
     for op in range(2, 7):
         desk.workers.submit(Get(op, (span(FULL, [0]), span(SWA, [3]), span(MADE_UP, [4]))))
-    assert desk.told.get(timeout=30) == Completion(6, 0, "the storage queue is full", others=(0, 0))
+    assert desk.told.get(timeout=30) == Completion(
+        6, 0, "the storage queue is full", others=(0, 0), declined=True
+    )
     desk.workers.cancel(3)
     assert desk.told.get(timeout=30) == Completion(3, 0, "cancelled", others=(0, 0))
     go_on.set()

@@ -42,6 +42,9 @@ class World(Engine):
         started = self.cache.prefetch(self.cache.key(tokens, namespace))
         if isinstance(started, Prefetch):
             self.fetches.append(started)
+        elif "the breaker of storage reads" in started.reason:
+            self.seen["prefetch refused to a storage that is left alone"] += 1
+            assert not self.core.operations.breakers.reads.admits(self.clock())
 
     def look_after(self, fetch: Prefetch, cancel: bool) -> None:
         """Settle a prefetch by the stop rule, or cancel it."""
@@ -109,7 +112,8 @@ class World(Engine):
         if well:
             self.executor.complete(op)
         else:
-            self.executor.fail(op, *self._some(spans, pages))
+            lost = pages % 2 and isinstance(self.executor.pending[op], Get)  # it is not there after all
+            self.executor.fail(op, *self._some(spans, pages - bool(lost)), broken=not lost)
 
     def progress(self, op: int, pages: int, whole: bool = True) -> None:
         """Part of a Get has arrived; of the further spans all that storage has, or part as well."""

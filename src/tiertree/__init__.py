@@ -3,6 +3,7 @@
 from .cache import PrefixCache
 from .components import Component, Mamba, SlidingWindow, register_kind
 from .config import (
+    BreakerConfig,
     CacheConfig,
     DeviceConfig,
     HostConfig,
@@ -17,13 +18,15 @@ from .config import (
 )
 from .driver import Evicted
 from .events import AllBlocksCleared, BlockRemoved, BlockStored, EventsLost
-from .metrics import KindStats, Stats, TierStats
+from .metrics import BreakerStats, KindStats, Stats, TierStats
 from .tree.insert import Inserted
 from .tree.key import Key
 from .tree.lease import Lease, Match
 from .tree.load import LoadBack, Progress
 from .tree.prefetch import Prefetch
+from .tree.stuck import Stuck
 from .tree.window import Window
+from .treeview import TreeView
 from .types import (
     FULL,
     MAMBA,
@@ -32,6 +35,7 @@ from .types import (
     ConfigError,
     ForeignObject,
     ForkedCache,
+    InvalidDeadline,
     InvalidNamespace,
     InvalidSlots,
     InvalidTokens,
@@ -47,6 +51,7 @@ from .types import (
     Tier,
     TiertreeError,
     TraceError,
+    ViewError,
     WritePolicy,
     WrongThread,
 )
@@ -58,6 +63,8 @@ __all__ = [
     "AllBlocksCleared",
     "BlockRemoved",
     "BlockStored",
+    "BreakerConfig",
+    "BreakerStats",
     "CacheClosed",
     "CacheConfig",
     "Component",
@@ -69,6 +76,7 @@ __all__ = [
     "ForkedCache",
     "HostConfig",
     "Inserted",
+    "InvalidDeadline",
     "InvalidNamespace",
     "InvalidSlots",
     "InvalidTokens",
@@ -100,10 +108,13 @@ __all__ = [
     "StorageConfig",
     "StorageError",
     "StorageLocked",
+    "Stuck",
     "Tier",
     "TierStats",
     "TiertreeError",
     "TraceError",
+    "TreeView",
+    "ViewError",
     "Window",
     "WritePolicy",
     "WrongThread",

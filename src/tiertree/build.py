@@ -44,6 +44,9 @@ def make_core(config: CacheConfig) -> Core:
         prefetch_pages_in_flight_max=config.prefetch.max_pages_in_flight,
         op_deadline_seconds=config.op_deadline_seconds,
         operations_max=config.max_operations,
+        breaker_failures=config.breaker.failures,
+        breaker_base_seconds=config.breaker.base_seconds,
+        breaker_max_seconds=config.breaker.max_seconds,
     )
     policy = make_policy(config.eviction)
     device, host = config.kind_pages(Tier.DEVICE), config.kind_pages(Tier.HOST)

@@ -14,18 +14,20 @@ from collections.abc import Mapping
 from .build import fingerprint
 from .driver import Evicted
 from .events import Event
-from .guard import count
+from .guard import count, deadline, optional_deadline, text
 from .lifecycle import Lifecycle
 from .metrics import Stats, snapshot
 from .policy.prefetch import patience_seconds
 from .tree.check import audit
 from .tree.core import NOTHING
 from .tree.insert import Inserted
-from .tree.key import Key, Tokens
+from .tree.key import Key, Tokens, check_namespace
 from .tree.lease import Lease, Match
 from .tree.load import LoadBack, Progress
 from .tree.prefetch import Prefetch, Stage
 from .tree.radix import DEVICE, HOST
+from .tree.stuck import Stuck, stuck
+from .treeview import TreeView, view
 from .types import (
     FULL,
     InvalidSlots,
@@ -108,11 +110,11 @@ class PrefixCache(Lifecycle):
         driver = self._enter()
         if lease is not None:
             self._guard.lease(lease)
-        pages = count("pages", pages)
+        pages, limit = count("pages", pages), optional_deadline(deadline_s)
         core, pending = self._core, 0
         ledger = core.ledger(kind, DEVICE)
         if ledger.free < pages <= ledger.free + core.within_reach(DEVICE, kind):
-            pending = driver.make_room(DEVICE, pages, deadline_s, kind).pending
+            pending = driver.make_room(DEVICE, pages, limit, kind).pending
         slots = core.take(pages, lease, kind)
         if slots is not None:
             return slots
@@ -183,7 +185,7 @@ class PrefixCache(Lifecycle):
         each partial kind what continuing at the boundary needs. The deepest boundary that fits the quota
         and the room, all of it or nothing. Makes room for at most `deadline_s` seconds. When its `state`
         is DONE, after some `poll`, the lease's device boundary has moved."""
-        driver = self._enter()
+        driver, limit = self._enter(), optional_deadline(deadline_s)
         self._guard.lease(lease)
         plan = self._core.loads.plan(lease)
         if isinstance(plan, Refused):
@@ -191,9 +193,10 @@ class PrefixCache(Lifecycle):
         for kind, pages in plan.cargo:
             if kind.ledgers[DEVICE].free + self._core.within_reach(DEVICE, kind.kind) < len(pages):
                 return Refused(f"no room on device for {kind.kind}")
-        driver.make_room(DEVICE, plan.boundary - plan.missing, deadline_s)
+        end = self._clock() + (self.config.op_deadline_seconds if limit is None else limit)
+        driver.make_room(DEVICE, plan.boundary - plan.missing, limit)
         for kind, pages in plan.cargo:
-            driver.make_room(DEVICE, len(pages), deadline_s, kind.kind)
+            driver.make_room(DEVICE, len(pages), end - self._clock(), kind.kind)
         load = self._core.load_back(lease, self._clock())
         driver.submit()
         return load
@@ -245,11 +248,11 @@ class PrefixCache(Lifecycle):
         """Free `pages` slots of `kind` on `tier` beyond those that are free; counts what is free by then.
         Under write_back it waits for the copies to host, for at most `deadline_s` seconds."""
         driver = self._enter()
-        pages = count("pages", pages)
-        if tier not in (DEVICE, HOST):
+        pages, limit = count("pages", pages), optional_deadline(deadline_s)
+        if not isinstance(tier, int) or tier not in (DEVICE, HOST):
             raise InvalidSlots("only DEVICE and HOST can be evicted from")
         ledger = self._core.ledger(kind, tier)
-        return driver.make_room(tier, min(ledger.free + pages, ledger.capacity), deadline_s, kind)
+        return driver.make_room(tier, min(ledger.free + pages, ledger.capacity), limit, kind)
 
     # -- progress ----------------------------------------------------------------------------------
 
@@ -259,7 +262,7 @@ class PrefixCache(Lifecycle):
 
     def drain(self, deadline_s: float = 10.0) -> bool:
         """Poll until nothing is in flight, for at most `deadline_s` seconds. Returns whether it is so."""
-        return self._enter().drain(deadline_s)
+        return self._enter().drain(deadline(deadline_s))
 
     def cancel(self, what: Lease | LoadBack | Prefetch) -> None:
         """What an aborted request calls. A lease: stop its load-back and release it. A load-back: the
@@ -281,8 +284,11 @@ class PrefixCache(Lifecycle):
 
     def clear(self, namespace: str | None = None) -> None:
         """Forget every page of `namespace` (None: of all) in device and host memory; storage keeps its
-        own (`clear_storage`). Leases stay good for reading their slots until they are released. O(nodes)."""
+        own (`clear_storage`). Leases stay good for reading their slots until they are released. O(nodes).
+        Raises InvalidNamespace."""
         driver = self._enter()
+        if namespace is not None:
+            check_namespace(namespace)
         self._core.clear(namespace, self._clock())
         driver.submit()
 
@@ -291,7 +297,7 @@ class PrefixCache(Lifecycle):
         computed by others, here or in storage. What a lease of before has computed is refused by `insert`;
         slots allocated without a lease carry no such mark: do not insert them."""
         driver = self._enter()
-        self._core.invalidate(fingerprint(self.config, revision), self._clock())
+        self._core.invalidate(fingerprint(self.config, text("revision", revision)), self._clock())
         self.revision = revision
         driver.submit()
 
@@ -301,11 +307,29 @@ class PrefixCache(Lifecycle):
         return self._core.take_events()
 
     def stats(self) -> Stats:
-        """Counters and gauges. O(capacity), vectorised."""
+        """Counters and gauges. O(capacity), vectorised. Waits for a storage that hangs no longer than half a
+        second, once; what it said last is shown meanwhile."""
+        executor, now = self._enter().executor, self._clock()
+        storage = (None, None) if self._gauge is None else self._gauge.read(now)
+        return snapshot(self._core, now, storage, executor.stuck_threads())
+
+    def stuck(self) -> tuple[Stuck, ...]:
+        """Operations that are past their deadline and have not come home, oldest first: what each was to do,
+        for whom, and which slots it keeps. O(in flight)."""
         self._enter()
-        return snapshot(self._core, None if self._storage is None else self._storage.stats())
+        return stuck(self._core.operations, self._clock())
+
+    def tree(self) -> TreeView:
+        """Which page is where, who holds it and what is in flight, as plain data. O(nodes + pages +
+        capacity); changes nothing."""
+        self._enter()
+        return view(self._core, self._clock())
 
     def check(self) -> None:
-        """Verify every invariant (I1 to I12). O(everything). Raises InvariantViolated: a bug in tiertree."""
+        """Verify every invariant (I1 to I12), and with debug poison that nobody has written to a free page.
+        O(everything). Raises InvariantViolated: a bug in tiertree, or a write where the writer had no
+        slots."""
         self._enter()
         audit(self._core)
+        if self._poison is not None:
+            self._poison.check()

@@ -6,7 +6,8 @@
                  ├─ device: DeviceConfig      L1, always there
                  ├─ host: HostConfig | None   L2
                  ├─ storage: StorageConfig | None   L3, needs L2
-                 └─ prefetch, load_back       when to move pages up, and how many
+                 ├─ prefetch, load_back       when to move pages up, and how many
+                 └─ breaker                   when a tier that fails is left alone
 
 Sizes are whole pages (`int`) or bytes (`"40GiB"`); durations are seconds. Whatever cannot work raises
 `ConfigError`, whose message starts with the field (`device.size: …`) and says what is allowed.
@@ -35,6 +36,7 @@ from .kvlayout import (
     slot_bytes,
 )
 from .tierconfig import (
+    BreakerConfig,
     DeviceConfig,
     Durability,
     HostConfig,
@@ -60,6 +62,7 @@ from .validate import (
 
 __all__ = [
     "Attention",
+    "BreakerConfig",
     "CacheConfig",
     "DeviceConfig",
     "Durability",
@@ -113,6 +116,8 @@ class CacheConfig:
     """Storage to host."""
     load_back: LoadBackConfig = field(default_factory=LoadBackConfig)
     """Host to device."""
+    breaker: BreakerConfig = field(default_factory=BreakerConfig)
+    """When a tier that fails is left alone, and for how long."""
     model: str = ""
     """Which model made the bytes; part of every page hash."""
     revision: str = ""
@@ -131,6 +136,9 @@ class CacheConfig:
     """Record KV events for `take_events()`."""
     events_max: int = 100_000
     """Events kept until they are taken; older ones are dropped and counted."""
+    debug_poison: bool | None = None
+    """Fill pages that nobody owns with a pattern, and verify it before they are used again: for tests of
+    engines (see `poison.py`). None: as the environment variable TIERTREE_DEBUG_POISON says ("1": on)."""
 
     def __post_init__(self) -> None:
         one_of(self, "unit_bits", (32, 64))
@@ -140,6 +148,7 @@ class CacheConfig:
             an_integer(self, name, 1, high=256)
         for name in ("bigram", "events"):
             one_of(self, name, (False, True))
+        one_of(self, "debug_poison", (None, False, True))
         for name in ("model", "revision", "shard"):
             a_text(self, name)
         a_text(self, "eviction", 1)
@@ -199,11 +208,20 @@ class CacheConfig:
         """A configuration from a TOML file; every error names the file."""
         try:
             with open(path, "rb") as file:
-                return cls.from_mapping(tomllib.load(file))
-        except OSError as error:
-            raise ConfigError(f"{fspath(path)}: cannot be read: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{fspath(path)}: is not TOML: {error}") from error
+                text = file.read(_TOML_BYTES_MAX + 1)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "no file can have this name"
+            raise ConfigError(f"{fspath(path)}: cannot be read: {reason}") from error
+        if len(text) > _TOML_BYTES_MAX:
+            raise ConfigError(f"{fspath(path)}: is too long; allowed: {_TOML_BYTES_MAX} bytes")
+        if any(line.count(b".") > _TOML_DOTS_MAX for line in text.splitlines()):
+            raise ConfigError(f"{fspath(path)}: a line has too many dots; allowed: {_TOML_DOTS_MAX}")
+        try:
+            values = tomllib.loads(text.decode())
+        except (ValueError, RecursionError) as error:  # an integer of thousands of digits, a bomb of brackets
+            raise ConfigError(f"{fspath(path)}: is not TOML: {error}") from None
+        try:
+            return cls.from_mapping(values)
         except ConfigError as error:
             raise ConfigError(f"{fspath(path)}: {error}") from None
 
@@ -215,7 +233,12 @@ _PARTS: Final[dict[str, type]] = {
     "storage": StorageConfig,
     "prefetch": PrefetchConfig,
     "load_back": LoadBackConfig,
+    "breaker": BreakerConfig,
 }
+_TOML_BYTES_MAX: Final = 1 << 16
+_TOML_DOTS_MAX: Final = 64
+"""A file that is longer, or has more dots in a line, is no configuration; one key of very many parts would
+cost its reader their square in time and memory."""
 _FAR: Final = 1 << 20
 """A boundary, in pages, behind which a kind needs no more than before it."""
 _OPTIONAL: Final = ("layout", "host", "storage")

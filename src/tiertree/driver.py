@@ -88,20 +88,37 @@ class Driver:
         return True
 
 
+class Aside:
+    """A place for calls that may block on a dead disk: one at a time, on a thread of its own."""
+
+    __slots__ = ("_thread",)
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+
+    def run(self, seconds: float, action: Callable[[], None]) -> bool:
+        """Run `action` for at most `seconds`; returns whether it has ended. What it raised by then is raised
+        here; a thread that has not ended is left. While an earlier action has not ended nothing is
+        started: this one then waits for that, and returns False."""
+        if self._thread is not None and self._thread.is_alive():
+            self._thread.join(max(0.0, seconds))
+            return False
+        raised: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                action()
+            except BaseException as error:
+                raised.append(error)
+
+        self._thread = threading.Thread(target=run, name="tiertree-storage-call", daemon=True)
+        self._thread.start()
+        self._thread.join(max(0.0, seconds))
+        if raised:
+            raise raised[0]
+        return not self._thread.is_alive()
+
+
 def within(seconds: float, action: Callable[[], None]) -> bool:
-    """Run `action`, which may block on a dead disk, on a thread of its own for at most `seconds`; returns
-    whether it has ended. What it raised by then is raised here; a thread that has not ended is left."""
-    raised: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            action()
-        except BaseException as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=run, name="tiertree-storage-call", daemon=True)
-    thread.start()
-    thread.join(max(0.0, seconds))
-    if raised:
-        raise raised[0]
-    return not thread.is_alive()
+    """Run `action` aside for at most `seconds`: see `Aside.run`."""
+    return Aside().run(seconds, action)

@@ -12,6 +12,7 @@ import contextlib
 import os
 import select
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
@@ -23,6 +24,19 @@ from .transfer.engine import TransferEngine
 from .transfer.op import Transfer, moves_between
 from .tree.actions import Action, Cancel, Completion, Copy
 from .types import Kind, Slots, Tier
+
+
+class Memory(Protocol):
+    """The bytes behind the slots of one kind on one tier, sidecars included, as debug poison sees them."""
+
+    def poison(self, slots: Slots) -> None:
+        """Fill the pages of `slots` with the pattern, in order with the caller's own work on the device."""
+        ...
+
+    def stain(self, slots: Slots) -> str | None:
+        """Which page of `slots` is not all pattern, and where (pool, slot, first byte that differs); None
+        when all are."""
+        ...
 
 
 class Executor(Protocol):
@@ -57,8 +71,16 @@ class Executor(Protocol):
         """How many leading layers of the copy `op` have arrived."""
         ...
 
+    def memory(self, kind: Kind, tier: Tier) -> Memory | None:
+        """The bytes of `kind` on an in-memory tier; None where there are none to look at."""
+        ...
+
     def attach(self, storage: Storage | None) -> None:
         """Use `storage` for what is submitted from now on (None: there is none)."""
+        ...
+
+    def stuck_threads(self) -> int:
+        """How many threads are in a call of storage that is late. O(1)."""
         ...
 
     def close(self, deadline_s: float) -> tuple[int, ...]:
@@ -140,9 +162,9 @@ class PoolExecutor:
         elif isinstance(action, Cancel):
             self._engine.cancel(action.op)
             if self._workers is not None:
-                self._workers.cancel(action.op)
+                self._workers.cancel(action.op, action.late)
         elif self._workers is None:
-            self._finished(Completion(action.op, 0, "there is no host tier"))
+            self._finished(Completion(action.op, 0, "there is no host tier", declined=True))
         else:
             self._workers.submit(action)
 
@@ -158,7 +180,7 @@ class PoolExecutor:
         self._pages[action.op] = sum(len(move.source) for move in action.moves)
         if not self._engine.submit(Transfer(action.op, moves)):
             del self._pages[action.op]
-            self._finished(Completion(action.op, 0, "the transfer queue is full"))
+            self._finished(Completion(action.op, 0, "the transfer queue is full", declined=True))
 
     def poll(self) -> list[Completion]:
         """See `Executor.poll`."""
@@ -191,19 +213,29 @@ class PoolExecutor:
         """See `Executor.layers_done`."""
         return self._engine.layers_done(op)
 
+    def memory(self, kind: Kind, tier: Tier) -> Memory | None:
+        """See `Executor.memory`."""
+        pools = self._pools[tier]
+        return None if pools is None else pools[kind]
+
     def attach(self, storage: Storage | None) -> None:
         """See `Executor.attach`."""
         if self._workers is not None:
             self._workers.storage = storage
+
+    def stuck_threads(self) -> int:
+        """See `Executor.stuck_threads`."""
+        return 0 if self._workers is None else self._workers.stuck
 
     def close(self, deadline_s: float) -> tuple[int, ...]:
         """See `Executor.close`."""
         if self._closed:
             return ()
         self._closed = True
+        end = time.monotonic() + deadline_s
         abandoned = self._engine.close(deadline_s)
         if self._workers is not None:
-            abandoned += self._workers.close(deadline_s)
+            abandoned += self._workers.close(max(0.1, end - time.monotonic()))
         if not abandoned:
             self._bell.close()
         return abandoned
@@ -223,7 +255,7 @@ class MetadataExecutor:
         if isinstance(action, Copy):
             done = Completion(action.op, sum(len(move.source) for move in action.moves))
         elif self._storage is None:
-            done = Completion(action.op, 0, "no storage is attached")
+            done = Completion(action.op, 0, "no storage is attached", declined=True)
         else:
             done = answer(action, self._storage)
         self._done.append(done)
@@ -250,9 +282,17 @@ class MetadataExecutor:
         """See `Executor.layers_done`: no copy is ever in progress."""
         return 0
 
+    def memory(self, kind: Kind, tier: Tier) -> Memory | None:
+        """See `Executor.memory`: there are no bytes."""
+        return None
+
     def attach(self, storage: Storage | None) -> None:
         """See `Executor.attach`."""
         self._storage = storage
+
+    def stuck_threads(self) -> int:
+        """See `Executor.stuck_threads`: there are no threads."""
+        return 0
 
     def close(self, deadline_s: float) -> tuple[int, ...]:
         """See `Executor.close`."""

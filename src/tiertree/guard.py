@@ -8,7 +8,11 @@ from .tree.key import Key, KeyMaker
 from .tree.lease import Lease, Match
 from .tree.load import LoadBack
 from .tree.prefetch import Prefetch
-from .types import ForeignObject, InvalidSlots, LeaseReleased
+from .types import ForeignObject, InvalidDeadline, InvalidSlots, LeaseReleased
+from .validate import refused, shown
+
+DEADLINE_SECONDS_MAX = 1e9
+"""The longest deadline, about thirty years: what the operating system can still wait for."""
 
 
 class Guard:
@@ -56,9 +60,30 @@ class Guard:
 def count(name: str, value: int) -> int:
     """`value` as an int, if it is an integer of at least 0. Raises InvalidSlots."""
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 0:
-        raise InvalidSlots(f"{name} must be an integer of at least 0, got {value!r}")
+        raise InvalidSlots(f"{name} must be an integer of at least 0, got {shown(value)}")
     return int(value)
 
 
+def optional_deadline(seconds: float | None) -> float | None:
+    """`deadline`, where None may be given and stays None."""
+    return None if seconds is None else deadline(seconds)
+
+
+def deadline(seconds: float) -> float:
+    """`seconds` as a float from 0 to `DEADLINE_SECONDS_MAX`, less or more taken as that. Raises
+    InvalidDeadline for what is no finite number."""
+    number = isinstance(seconds, int | float | np.integer | np.floating) and not isinstance(seconds, bool)
+    if not number or not -np.inf < seconds < np.inf:
+        raise InvalidDeadline(f"a deadline must be a finite number of seconds, got {shown(seconds)}")
+    return float(min(max(seconds, 0.0), DEADLINE_SECONDS_MAX))
+
+
+def text(name: str, value: str) -> str:
+    """`value`, if it is a text. Raises ConfigError."""
+    if not isinstance(value, str):
+        raise refused(name, value, "text")
+    return value
+
+
 def _needs(wanted: str, got: object) -> str:
-    return f"a {wanted} of this cache is needed, got {got!r:.200}"
+    return f"a {wanted} of this cache is needed, got {shown(got)}"

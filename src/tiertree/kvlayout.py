@@ -13,10 +13,21 @@ from enum import StrEnum
 from typing import Final
 
 from .types import FULL, ConfigError, Kind
-from .validate import LARGEST, Reader, a_name, an_instance, an_integer, as_enum, from_table, one_of, table
+from .validate import (
+    LARGEST,
+    Reader,
+    a_name,
+    an_instance,
+    an_integer,
+    as_enum,
+    from_table,
+    one_of,
+    shown,
+    table,
+)
 
 _UNITS: Final = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
-_SIZE_TEXT: Final = re.compile(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)")
+_SIZE_TEXT: Final = re.compile(r"([0-9]{1,25}(?:\.[0-9]{1,25})?) ?([A-Za-z]+)")
 _ITEM_BYTES: Final = {
     "float32": 4,
     "float16": 2,
@@ -60,10 +71,10 @@ def parse_bytes(value: int | str, name: str = "size") -> int:
     else:
         parts = _SIZE_TEXT.fullmatch(value.strip()) if isinstance(value, str) else None
         if parts is None or parts[2] not in _UNITS:
-            raise ConfigError(f"{name}: {value!r} is not a size in bytes; allowed: {_BYTES_ALLOWED}")
+            raise ConfigError(f"{name}: {shown(value)} is not a size in bytes; allowed: {_BYTES_ALLOWED}")
         count = int(Decimal(parts[1]) * _UNITS[parts[2]])
     if not 1 <= count <= LARGEST:
-        raise ConfigError(f"{name}: {value!r} is out of range; allowed: 1 to {LARGEST} bytes")
+        raise ConfigError(f"{name}: {shown(value)} is out of range; allowed: 1 to {LARGEST} bytes")
     return count
 
 
@@ -234,7 +245,8 @@ def pages_of(
         return size
     if layout is None:
         raise ConfigError(
-            f"{name}: {size!r} is in bytes but there is no layout; allowed: pages as an int, or add a layout"
+            f"{name}: {shown(size)} is in bytes but there is no layout; allowed: pages as an int, or add a "
+            "layout"
         )
     page = slot_bytes(layout, sidecars)
     if parse_bytes(size, name) < page:

@@ -10,12 +10,17 @@ from typing import Self
 
 from .build import make_core, make_executor, make_pools, open_storage
 from .config import CacheConfig
-from .driver import Driver, within
+from .driver import Aside, Driver, within
 from .executor import Executor
-from .guard import Guard
+from .guard import Guard, deadline
+from .poison import Poison, wanted
 from .pools.group import PoolGroup
 from .storage.base import Storage
+from .storage.gauge import Gauge
 from .types import CacheClosed, ConfigError, ForkedCache, StorageError, WrongThread
+
+CLOSE_SECONDS_MAX = 10.0
+"""How long an `open` that fails waits for a storage that it has to close again."""
 
 
 class Lifecycle:
@@ -38,9 +43,12 @@ class Lifecycle:
         self._pid = 0
         self._storage: Storage | None = None
         self._owns_storage = False
+        self._gauge: Gauge | None = None
+        self._clearing = Aside()
         self._core = make_core(config)
         self._guard = Guard(self._core.radix.keys)
         self._driver: Driver | None = None
+        self._poison: Poison | None = None
 
     def open(self) -> Self:
         """Take the memory, open the disk tier, start the workers. A cache is opened once. Raises
@@ -57,8 +65,10 @@ class Lifecycle:
                 executor = make_executor(self.config, self.device_pools, self.host_pools)
         except BaseException:
             if storage is not None:
-                storage.close()
+                within(CLOSE_SECONDS_MAX, storage.close)
             raise
+        if wanted(self.config):
+            self._poison = Poison(self._core, executor)
         self._driver = Driver(self._core, executor, self._clock)
         if storage is not None:
             self._attach(storage, owned=True)
@@ -66,18 +76,25 @@ class Lifecycle:
 
     def close(self, deadline_s: float = 10.0) -> tuple[int, ...]:
         """Finish what is in flight, for at most `deadline_s` seconds, then stop. Returns the numbers of
-        the operations that were abandoned. The second close does nothing."""
+        the operations that were abandoned. The second close does nothing. With debug poison it ends like
+        `check` when somebody has written to a page that nobody owns; all is closed then too."""
         if self._pid and self._driver is None:
             return ()
-        driver = self._enter()
-        end = self._clock() + deadline_s
-        driver.drain(deadline_s)
+        driver, limit = self._enter(), deadline(deadline_s)
+        end = self._clock() + limit
+        driver.drain(limit)
         abandoned = set(self._core.operations.in_flight)
         self._core.attach_storage(False)
         abandoned.update(driver.executor.close(max(0.1, end - self._clock())))
         if self._owns_storage and self._storage is not None:
             within(max(0.1, end - self._clock()), self._storage.close)
         self._driver = self.device_pools = self.host_pools = None
+        poison, self._poison = self._poison, None
+        if poison is not None:
+            try:
+                poison.check()
+            finally:
+                poison.stop()
         return tuple(sorted(abandoned))
 
     def __enter__(self) -> Self:
@@ -123,31 +140,33 @@ class Lifecycle:
 
     def _attach(self, storage: Storage, owned: bool) -> None:
         assert self._driver is not None
-        self._storage, self._owns_storage = storage, owned
+        self._storage, self._owns_storage, self._gauge = storage, owned, Gauge(storage)
         self._driver.executor.attach(storage)
         self._core.attach_storage(True)
 
     def detach_storage(self, deadline_s: float = 10.0) -> None:
         """Stop using the storage, after finishing what is in flight for at most `deadline_s` seconds. One
         that the cache had opened itself is closed. Does nothing when none is attached."""
-        driver = self._enter()
+        driver, limit = self._enter(), deadline(deadline_s)
+        end = self._clock() + limit
         self._core.attach_storage(False)
-        driver.drain(deadline_s)
-        storage, self._storage = self._storage, None
+        driver.drain(limit)
+        storage, self._storage, self._gauge = self._storage, None, None
         driver.executor.attach(None)
         if storage is not None:
             self._core.storage_cleared()
             if self._owns_storage:
-                within(deadline_s, storage.close)
+                within(max(0.1, end - self._clock()), storage.close)
 
     def clear_storage(self, deadline_s: float = 10.0) -> None:
         """Forget every page that storage holds. Raises StorageError when none is attached, or when the
-        backend has not done it within `deadline_s` seconds (it may still do it later)."""
-        driver = self._enter()
+        backend has not done it within `deadline_s` seconds (it may still do it later; while it has not,
+        clearing again only waits for that)."""
+        driver, limit = self._enter(), deadline(deadline_s)
         if self._storage is None:
             raise StorageError("no storage is attached")
         driver.poll()
-        done = within(deadline_s, self._storage.clear)
+        done = self._clearing.run(limit, self._storage.clear)
         self._core.storage_cleared()
         if not done:
-            raise StorageError(f"storage was not cleared within {deadline_s} s")
+            raise StorageError(f"storage was not cleared within {limit} s")

@@ -6,9 +6,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .storage.base import StorageStats
+from .tree.breaker import Breaker
 from .tree.core import Core
 from .tree.ledger import Ledger, Owner, State
 from .tree.partial import Partial
+from .tree.stuck import stuck
 from .types import Tier
 
 
@@ -46,27 +48,52 @@ class KindStats:
 
 
 @dataclass(frozen=True, slots=True)
+class BreakerStats:
+    """One breaker. `state`: "closed" (all is well), "open" (the tier is left alone), "half_open" (one
+    operation may try it, or is trying it). `opened` counts how often it has opened since the cache was;
+    `seconds_left` until it is half open."""
+
+    state: str
+    failures_in_a_row: int
+    opened: int
+    seconds_left: float
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
     """A snapshot. Counters run since open; the rest is as of now. `device`, `host` and the counters are
-    FULL's; `kinds` are the partial kinds by name."""
+    FULL's; `kinds` are the partial kinds by name; `Counters` says what each counter counts.
+
+    `storage` is what the backend last said of itself, `storage_age_seconds` ago: 0 unless it hangs or
+    fails; both are None without storage, and while it has never answered. `stuck` operations are past
+    their deadline and have not come home (see `PrefixCache.stuck`), `stuck_threads` are in a call of
+    storage that is late. `breakers`: "copies_to_host", "storage_writes", "storage_reads"."""
 
     device: TierStats
     host: TierStats
     storage: StorageStats | None
+    storage_age_seconds: float | None
     kinds: dict[str, KindStats]
     nodes: int
     namespaces: int
     leases: int
     operations_in_flight: int
+    stuck: int
+    stuck_threads: int
+    breakers: dict[str, BreakerStats]
     dropped: int
     backed_up: int
     backups_dropped: int
+    backups_skipped: int
     loaded_back: int
     offered: int
     persisted: int
     persists_refused: int
+    persists_crowded: int
+    persists_dropped: int
     prefetched: int
     prefetch_discarded: int
+    prefetch_vanished: int
     failed_operations: int
     late_operations: int
     stray_completions: int
@@ -109,18 +136,34 @@ def _kind(kind: Partial) -> KindStats:
     return KindStats(device=device, host=host, **counters)
 
 
-def snapshot(core: Core, storage: StorageStats | None) -> Stats:
-    """The statistics of `core` now. O(capacity), vectorised."""
+def _breaker(breaker: Breaker, now: float) -> BreakerStats:
+    return BreakerStats(
+        state=str(breaker.state(now)),
+        failures_in_a_row=breaker.failures,
+        opened=breaker.opened,
+        seconds_left=breaker.seconds_left(now),
+    )
+
+
+def snapshot(
+    core: Core, now: float, storage: tuple[StorageStats | None, float | None], stuck_threads: int
+) -> Stats:
+    """The statistics of `core` at `now`, with what `storage` said and how long ago. O(capacity),
+    vectorised."""
     counters = asdict(core.counters)
     del counters["evicted"]
     return Stats(
         device=_full(core, Tier.DEVICE),
         host=_full(core, Tier.HOST),
-        storage=storage,
+        storage=storage[0],
+        storage_age_seconds=storage[1],
         kinds={str(kind.kind): _kind(kind) for kind in core.radix.partials},
         nodes=core.radix.nodes,
         namespaces=len(core.radix.roots),
         leases=len(core.leases),
         operations_in_flight=len(core.operations.in_flight),
+        stuck=len(stuck(core.operations, now)),
+        stuck_threads=stuck_threads,
+        breakers={each.name.replace(" ", "_"): _breaker(each, now) for each in core.operations.breakers.all},
         **counters,
     )

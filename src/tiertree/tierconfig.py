@@ -108,6 +108,25 @@ class PrefetchConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BreakerConfig:
+    """When a tier that fails is left alone: copies to host, storage writes, storage reads, each by itself."""
+
+    failures: int = 3
+    """Failures in a row after which it is not asked any more; one operation that is late is enough."""
+    base_seconds: float = 1.0
+    """Seconds for which it is left alone at first; twice as long after each further failure."""
+    max_seconds: float = 60.0
+    """Seconds for which it is left alone at most; then one operation tries whether it is well again."""
+
+    def __post_init__(self) -> None:
+        an_integer(self, "failures", 1)
+        seconds(self, "base_seconds", above_zero=True)
+        seconds(self, "max_seconds", above_zero=True)
+        if self.max_seconds < self.base_seconds:
+            raise refused("max_seconds", self.max_seconds, f"at least base_seconds, {self.base_seconds}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoadBackConfig:
     """Copying pages from host back to device."""
 

@@ -82,6 +82,10 @@ class InvalidSlots(TiertreeError, ValueError):
     """Slots that do not belong to this caller, repeat, or do not match the pages they are for."""
 
 
+class InvalidDeadline(TiertreeError, ValueError):
+    """A deadline that is no finite number of seconds."""
+
+
 class InvalidNamespace(TiertreeError, ValueError):
     """A namespace that is not a string, or is too long."""
 
@@ -122,5 +126,10 @@ class TraceError(TiertreeError, ValueError):
     """A trace that cannot be read; the message names file, line and field."""
 
 
+class ViewError(TiertreeError, ValueError):
+    """The file of a tree view cannot be read; the message names file and field."""
+
+
 class InvariantViolated(TiertreeError, AssertionError):
-    """`check()` found the cache's books wrong. Always a bug in tiertree."""
+    """`check()` found the cache's books wrong: always a bug in tiertree. Or debug poison found that somebody
+    has written to a page that nobody owns: tiertree, or an engine that kept slots it had given back."""

@@ -9,6 +9,7 @@ import difflib
 import inspect
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, Final, TypeVar
@@ -25,11 +26,22 @@ Reader = Callable[[object, str], object]
 ConfigError that starts with that path."""
 
 _NAME: Final = re.compile(r"[a-z0-9_-]{1,64}")
+_SHOWN_MAX: Final = 200
+
+
+def shown(value: object) -> str:
+    """`value` as a message says it, in 200 characters at most. Python itself refuses to print an integer of
+    thousands of digits, or lists a thousand deep: of those only the type is said."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        text = f"this {type(value).__name__}"
+    return text if len(text) <= _SHOWN_MAX else f"{text[: _SHOWN_MAX - 3]}..."
 
 
 def refused(name: str, value: object, allowed: str) -> ConfigError:
     """The error for a `value` of field `name` that is not `allowed`."""
-    return ConfigError(f"{name}: {value!r} is not allowed; allowed: {allowed}")
+    return ConfigError(f"{name}: {shown(value)} is not allowed; allowed: {allowed}")
 
 
 def an_integer(owner: object, name: str, low: int, allowed: str = "", high: int = LARGEST) -> None:
@@ -43,7 +55,7 @@ def an_integer(owner: object, name: str, low: int, allowed: str = "", high: int 
 def seconds(owner: object, name: str, above_zero: bool = False) -> None:
     """Refuse field `name` unless it is a finite number of at least (or above) zero."""
     value = getattr(owner, name)
-    number = type(value) in (int, float) and math.isfinite(value)
+    number = type(value) in (int, float) and -math.inf < value <= sys.float_info.max
     if not number or value < 0 or (above_zero and value == 0):
         raise refused(name, value, f"finite seconds {'above' if above_zero else 'of at least'} 0")
 
@@ -88,7 +100,7 @@ def an_instance(owner: object, name: str, *kinds: type) -> None:
 
 def suggestion(value: object, known: Iterable[str]) -> str:
     """Ask whether the nearest of `known` was meant; nothing when none is near."""
-    near = difflib.get_close_matches(str(value), list(known), n=1)
+    near = difflib.get_close_matches(str(value), list(known), n=1) if isinstance(value, str) else []
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
@@ -107,7 +119,8 @@ def from_table(
     for key, value in values.items():
         if key not in parameters:
             near = f"{suggestion(key, parameters)}; allowed: {', '.join(parameters)}"
-            raise ConfigError(f"{_path(where, str(key))}: is not a known key{near}")
+            name = key if isinstance(key, str) else shown(key)
+            raise ConfigError(f"{_path(where, name[:_SHOWN_MAX])}: is not a known key{near}")
         reader = (readers or {}).get(key)
         arguments[key] = value if reader is None else reader(value, _path(where, key))
     empty = inspect.Parameter.empty

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from ..types import MAMBA, SWA, ConfigError
-from ..validate import from_table, suggestion
+from ..validate import from_table, shown, suggestion
 from .base import Component
 from .mamba import Mamba
 from .sliding_window import SlidingWindow
@@ -39,6 +39,6 @@ def read_rules(value: object, where: str) -> object:
     factory = _FACTORIES.get(name) if isinstance(name, str) else None
     if factory is None:
         names = sorted(_FACTORIES)
-        wrong = f"{name!r} is not known{suggestion(name, names)}" if "kind" in value else "is missing"
+        wrong = f"{shown(name)} is not known{suggestion(name, names)}" if "kind" in value else "is missing"
         raise ConfigError(f"{where}.kind: {wrong}; allowed: {', '.join(names)}")
     return from_table(factory, fields, where=where)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ..tree.node import Node
 from ..tree.victims import Policy
 from ..types import ConfigError
@@ -21,7 +23,8 @@ class LRU:
         return node.last_used
 
 
-POLICIES: dict[str, type[Policy]] = {LRU.name: LRU}
+POLICIES: dict[str, Callable[[], Policy]] = {LRU.name: LRU}
+"""How to make each policy, by name."""
 
 
 def make_policy(name: str) -> Policy:

@@ -18,7 +18,7 @@ import torch
 
 from ..config import Layout, MemoryOrder, SidecarConfig
 from ..types import ConfigError, Kind, Slots
-from .paged import Pool
+from .paged import POISON, Pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,20 @@ class KindPools:
     def __iter__(self) -> Iterator[Pool]:
         """The main pool, then the sidecars."""
         return iter((self.main, *self.sidecars.values()))
+
+    def poison(self, slots: Slots) -> None:
+        """Make these pages poison in every pool (see `Pool.poison`)."""
+        for pool in self:
+            pool.poison(slots)
+
+    def stain(self, slots: Slots) -> str | None:
+        """Where the first byte of these pages is that is not poison; None if there is none."""
+        for name, pool in {"main": self.main, **self.sidecars}.items():
+            found = pool.stain(slots)
+            if found is not None:
+                slot, offset, byte = found
+                return f"slot {slot}, pool {name!r}, byte {offset} is {byte:#04x}, not {POISON:#04x}"
+        return None
 
 
 class PoolGroup:

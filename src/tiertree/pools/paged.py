@@ -27,6 +27,10 @@ from ..types import InvalidSlots, Slots
 from .layout import memory_shape, to_logical, to_words
 
 _HUGE_PAGES: Final[int | None] = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux only
+POISON: Final = 0xFF
+"""Every byte of a poisoned page (see `tiertree.poison`)."""
+_POISON_BYTES: Final = 4 << 20  # looked at in one go
+
 _PORTABLE: Final = 1  # cudaHostRegisterPortable: pinned for every device, not only the current one
 
 
@@ -123,7 +127,7 @@ class Pool:
         self.check(target)
         if source.size != target.size:
             raise InvalidSlots(f"{source.size} source slots, {target.size} target slots")
-        view = self.words if self.rows is None else self.rows
+        view = self._pages()
         if self.on_cpu:
             array = view.numpy()
             array[target] = array[source]
@@ -134,12 +138,41 @@ class Pool:
             here, there = index.to(self.device, non_blocking=True)
             view.index_copy_(0, there, view.index_select(0, here))
 
+    def poison(self, slots: Slots) -> None:
+        """Make every byte of these pages POISON. On a device it is queued on the caller's stream."""
+        self.check(slots)
+        view = self._pages()
+        index = torch.from_numpy(slots).to(self.device)
+        view.index_fill_(0, index, _poison_word(view))
+
+    def stain(self, slots: Slots) -> tuple[int, int, int] | None:
+        """The first of `slots` whose page has a byte that is not POISON: (slot, offset of that byte in the
+        page as `read_pages` gives it, the byte); None if there is none. Waits for the caller's stream."""
+        self.check(slots)
+        view = self._pages()
+        at_once = max(1, _POISON_BYTES // self.page_bytes)
+        for start in range(0, len(slots), at_once):
+            part = slots[start : start + at_once]
+            pages = view.index_select(0, torch.from_numpy(part).to(self.device))
+            clean = (pages == _poison_word(view)).flatten(1).all(1).cpu().numpy()
+            if not clean.all():
+                slot = part[~clean][:1]
+                page = np.empty((1, self.page_bytes), np.uint8)
+                self.read_pages(slot, page)
+                offset = int(np.flatnonzero(page[0] != POISON)[0])
+                return int(slot[0]), offset, int(page[0, offset])
+        return None
+
     def check(self, slots: Slots) -> None:
         """Raise `InvalidSlots` unless `slots` is a 1-D int64 array of indices into this pool. O(n)."""
         if slots.ndim != 1 or slots.dtype != np.int64:
             raise InvalidSlots(f"slots must be a 1-D int64 array, got {slots.ndim}-D {slots.dtype}")
         if slots.size and (slots.min() < 0 or slots.max() >= self.pages):
             raise InvalidSlots(f"slots {slots.min()}..{slots.max()} are outside a pool of {self.pages} pages")
+
+    def _pages(self) -> torch.Tensor:
+        """All pages as words, [page, …], each in the order that pages have outside their pool."""
+        return self.words if self.rows is None else self.rows
 
     def _outside(self, slots: Slots, data: NDArray[np.uint8]) -> tuple[torch.Tensor, NDArray[np.generic]]:
         """This pool's words in page order, and `data` as an array of the same shape and word."""
@@ -149,9 +182,14 @@ class Pool:
             raise ValueError(
                 f"pages must be a C-contiguous uint8 array of shape {expected}, got {data.dtype} {data.shape}"
             )
-        view = self.words if self.rows is None else self.rows
+        view = self._pages()
         word = np.dtype(f"i{view.element_size()}") if view.element_size() > 1 else np.dtype(np.uint8)
         return view, data.view(word).reshape(len(slots), *view.shape[1:])
+
+
+def _poison_word(view: torch.Tensor) -> int:
+    """A word of `view` whose bytes are all POISON."""
+    return -1 if view.dtype.is_signed else POISON
 
 
 def _main_memory(nbytes: int, pinned: bool) -> torch.Tensor:

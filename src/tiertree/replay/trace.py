@@ -13,12 +13,15 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike, fspath
 from typing import Any, Final
 
 from ..types import TraceError
 
 NUMBER_MAX: Final = 2**63 - 1
+LINE_BYTES_MAX: Final = 16 << 20
+"""A line that is longer is no request: it would have millions of blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +42,19 @@ def read_trace(path: str | PathLike[str], block_tokens: int, limit: int | None =
     requests: list[Request] = []
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
+            lines = iter(partial(file.readline, LINE_BYTES_MAX + 1), b"")
+            for number, line in enumerate(lines, 1):
                 if limit is not None and len(requests) >= limit:
                     break
+                if len(line) > LINE_BYTES_MAX:
+                    raise TraceError(f"{name}:{number}: is longer than {LINE_BYTES_MAX} bytes")
                 if line.strip():
                     requests.append(_request(line, f"{name}:{number}", block_tokens))
-    except OSError as error:
-        raise TraceError(f"{name}: cannot be read: {error.strerror}") from error
+    except TraceError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no file can have this name"
+        raise TraceError(f"{name}: cannot be read: {reason}") from error
     if not requests:
         raise TraceError(f"{name}: holds no request")
     return requests

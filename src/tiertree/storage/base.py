@@ -103,7 +103,7 @@ class Storage(Protocol):
         ...
 
     def close(self) -> None:
-        """Flush and release the backend. Idempotent; every other call then raises StorageError."""
+        """Flush and release the backend. Idempotent; all calls but `stats` then raise StorageError."""
         ...
 
 

@@ -15,8 +15,9 @@ What an acknowledged put (`STORED`, or `PRESENT`) means, until the page is evict
   * `durability="batch"`: stable storage has it, synced once per put call (and per segment filled).
 Either way a page is visible only when it is whole, and is verified against its key at every `get`.
 
-The bytes of all files together never exceed the capacity, not even between two writes. A segment that
-is unlinked while a reader still reads from it keeps its disk blocks until that read returns.
+The bytes of all files together never exceed the capacity, not even between two writes. (A power loss may
+bring files back whose removal was not synced; opening then removes the oldest until all fits.) A segment
+that is unlinked while a reader still reads from it keeps its disk blocks until that read returns.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from . import format as fmt
 from .base import Buffer, Got, PutResult, StorageStats, Wrote
 from .files import Files
 from .index import Index, Run
-from .lock import FIXED_BYTES, claim
+from .lock import FIXED_BYTES, claim, write_lock
 from .page import checked_call
 from .reader import Read, Reader
 from .reclaimer import Reclaimer
@@ -87,7 +88,7 @@ class DiskStorage:
             self._files, self._index, self._handles, self._reader, self._writer, self._room
         )
         try:
-            self._lock = claim(self.path, self._files)
+            self._lock, self._epoch = claim(self.path, self._files)
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be opened: {error}") from error
         try:
@@ -104,7 +105,7 @@ class DiskStorage:
             recovery.run(self._reclaimer.reclaim)
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be recovered: {error}") from error
-        self._writer.next_number = recovery.last_number + 1
+        self._writer.next_number = max(recovery.last_number + 1, self._epoch * fmt.EPOCH_NUMBERS)
         self._reclaimer.evicted.clear()
         self._reclaimer.evictions = 0
 
@@ -113,7 +114,8 @@ class DiskStorage:
 
         Evicts the oldest segments to make room, but never what this call stored: what then finds no room,
         or meets a full or failing disk, is REFUSED, and so is everything after it. `evicted` also names the
-        pages that went since the last put, when a quarantine needed room; never one that this call stored.
+        pages that went since the last put, when a quarantine needed room; never one that this call stored,
+        but perhaps one that it found PRESENT.
         """
         views = checked_call(keys, pages)
         with self._writing:
@@ -211,9 +213,18 @@ class DiskStorage:
                 while self._index.segments:
                     if not self._reclaimer.reclaim():
                         raise StorageError(f"{self.path}: a segment could not be removed; clear it again")
+                self._begin_epoch()
                 self._files.fsync_directory(self.path)
             except OSError as error:
                 raise StorageError(f"{self.path}: cleared, but not durably: {error}") from error
+
+    def _begin_epoch(self) -> None:
+        """Never use a segment number of before a clear again, or a file system that lets old blocks show
+        through after a power loss could bring a cleared page back, valid at the same place."""
+        self._epoch = min(self._writer.next_number // fmt.EPOCH_NUMBERS + 1, fmt.EPOCH_MAX)
+        write_lock(self._files, self._lock, self._epoch)
+        self._files.fdatasync(self._lock)
+        self._writer.next_number = self._epoch * fmt.EPOCH_NUMBERS
 
     def stats(self) -> StorageStats:
         """Counters; `bytes` is the size of all files together."""

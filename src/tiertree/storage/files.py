@@ -31,8 +31,11 @@ class Files:
         return os.listdir(path)
 
     def open(self, path: str, flags: int) -> int:
-        """A descriptor that is not inherited and does not follow a symbolic link. New files are 0600."""
-        return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
+        """A descriptor that is not inherited and does not follow a symbolic link. New files are 0600.
+
+        Does not wait: a pipe of that name opens at once, and no read of it succeeds.
+        """
+        return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, FILE_MODE)
 
     def close(self, fd: int) -> None:
         """Let go of a descriptor, and of any lock taken through it."""

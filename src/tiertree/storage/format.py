@@ -31,6 +31,11 @@ LOCK_NAME = "LOCK"
 TEMPORARY_SUFFIX = ".tmp"
 FORMAT_TEXT = b"tiertree-disk %d\n"
 LOCK_BYTES = 32
+EPOCH_NUMBERS = 1 << 32
+"""Segment numbers of one epoch; a clear begins the next, so no number of before is ever used again."""
+
+EPOCH_MAX = (1 << 32) - 1
+SEGMENT_NUMBER_MAX = (1 << 64) - 1
 
 SEGMENT_MAGIC = b"TTSEGMT\n"
 RECORD_MAGIC = b"TTrc"
@@ -60,6 +65,7 @@ ENTRY_BYTES = ENTRY.itemsize
 PAGE_BYTES_MAX = 2**32 - 2
 """Longest payload: its length is a 32-bit field, and the largest value stays free."""
 
+_LOCK = re.compile(rb"(\d{1,15}) *(?:([0-9a-f]{8})([0-9a-f]{8}))?\n")
 _SEGMENT_NAME = re.compile(r"seg-([0-9a-f]{16})\.tts")
 
 
@@ -108,6 +114,22 @@ def check_directory(content: bytes, path: str) -> None:
     raise StorageError(
         f"{path}: written in disk format {int(found[1])}, this tiertree reads {VERSION}; nothing was changed"
     )
+
+
+def encode_lock(pid: int, epoch: int) -> bytes:
+    """Content of LOCK: who holds it, and how often the directory has been cleared."""
+    count = b"%08x" % epoch
+    return b"%-15d%s\n" % (pid, count + _lock_check(count) if epoch else b" " * 16)
+
+
+def decode_lock(content: bytes) -> tuple[str, int]:
+    """Pid ("unknown" if there is none) and epoch (0 if there is none) in the content of LOCK."""
+    found = _LOCK.fullmatch(content) if len(content) == LOCK_BYTES else None
+    if found is None:
+        return "unknown", 0
+    pid, count, check = found.groups()
+    sound = count is not None and check == _lock_check(count)
+    return pid.decode("ascii"), int(count, 16) if sound else 0
 
 
 def encode_segment_header(number: int) -> bytes:
@@ -194,6 +216,10 @@ def decode_entries(data: bytes, trailer: Trailer) -> NDArray[np.void] | None:
     if not np.all(tombstones | (entries["kind"] == PAGE)) or np.any(entries["length"][tombstones]):
         return None
     return entries
+
+
+def _lock_check(count: bytes) -> bytes:
+    return b"%08x" % (xxhash.xxh3_64_intdigest(count) & 0xFFFFFFFF)
 
 
 def _sealed(body: bytes) -> bytes:

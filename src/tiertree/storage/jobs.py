@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -142,6 +142,14 @@ class Task(ABC):
     def completion(self, error: str | None, final: bool = True) -> Completion:
         """What has been done so far."""
 
+    def declined(self, why: str) -> Completion:
+        """Nobody begins with it."""
+        return replace(self.completion(why), declined=True)
+
+    def broken(self, raised: BaseException) -> Completion:
+        """What was done before `run` raised."""
+        return replace(self.completion(f"{type(raised).__name__}: {raised}"), broken=True)
+
 
 def task_of(job: Job, progress: Callable[[Completion], None] = lambda completion: None) -> Task:
     """What carries out `job`. A Get calls `progress` after each batch of FULL but the last."""
@@ -234,6 +242,8 @@ class _Querying(Task):
     def run(self, storage: Storage, ways: Ways, stop: Stop) -> str | None:
         held = []
         for kind, hashes in self._job.asked:
+            if stop():
+                return "cancelled"
             keys = ways(kind).keys
             asked = keys.of(hashes)
             answers = storage.holds(asked)

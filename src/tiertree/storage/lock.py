@@ -3,13 +3,14 @@
 A directory is tiertree's if it holds FORMAT. One without it is taken only if it is empty but for what
 an interrupted first open may have left; anything else is somebody's, and is left as it is. The lock is
 `flock` on LOCK, which the kernel releases however its holder dies; the file holds the holder's pid for
-the message, is never removed, and always has the same size.
+the message and the number of clears, is never removed, and always has the same size.
 """
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import os
+from typing import NamedTuple
 
 from ..types import StorageError, StorageLocked
 from . import format as fmt
@@ -21,9 +22,19 @@ FIXED_BYTES = len(fmt.encode_directory()) + fmt.LOCK_BYTES
 _FORMAT_TEMPORARY = fmt.FORMAT_NAME + fmt.TEMPORARY_SUFFIX
 _CONTENT_BYTES_MAX = 64
 
+_NOT_OURS_TO_SYNC = (errno.EACCES, errno.EPERM, errno.EINVAL)
+"""Directories above ours that may not be opened, or are of a file system that cannot sync them."""
 
-def claim(path: str, files: Files) -> int:
-    """Make `path` if need be, check that it is tiertree's, lock it; returns the lock's descriptor.
+
+class Claim(NamedTuple):
+    """A directory that is ours: the descriptor of its lock, and how often it has been cleared."""
+
+    fd: int
+    epoch: int
+
+
+def claim(path: str, files: Files) -> Claim:
+    """Make `path` if need be, check that it is tiertree's, lock it.
 
     Raises `StorageLocked` if it is open already, here or in another process, and `StorageError` if it is
     not tiertree's or of another version. Then nothing in it has been changed.
@@ -35,16 +46,18 @@ def claim(path: str, files: Files) -> int:
     _inspect(path, names, files)
     if fmt.FORMAT_NAME not in names:
         files.mkdir(path)
-        with contextlib.suppress(PermissionError):
-            files.fsync_directory(os.path.dirname(path))
+        _sync_above(path, files)
     fd = files.open(os.path.join(path, fmt.LOCK_NAME), os.O_RDWR | os.O_CREAT)
     try:
         if not files.lock(fd):
-            holder = _content(fd, files).decode("ascii", "replace").strip("\0 \n") or "unknown"
+            holder, _ = fmt.decode_lock(_content(fd, files))
             raise StorageLocked(
                 f"{path}: already open in the process with pid {holder}; one at a time may use it"
             )
-        write_fully(files, fd, [str(os.getpid()).encode().ljust(fmt.LOCK_BYTES - 1) + b"\n"], 0)
+        _, epoch = fmt.decode_lock(_content(fd, files))
+        if files.size(fd) > fmt.LOCK_BYTES:
+            files.truncate(fd, fmt.LOCK_BYTES)
+        write_lock(files, fd, epoch)
         names = files.listdir(path)
         _inspect(path, names, files)
         if fmt.FORMAT_NAME not in names:
@@ -52,7 +65,23 @@ def claim(path: str, files: Files) -> int:
     except BaseException:
         files.close(fd)
         raise
-    return fd
+    return Claim(fd, epoch)
+
+
+def write_lock(files: Files, fd: int, epoch: int) -> None:
+    """Say in LOCK that it is ours, and how often the directory has been cleared."""
+    write_fully(files, fd, [fmt.encode_lock(os.getpid(), epoch)], 0)
+
+
+def _sync_above(path: str, files: Files) -> None:
+    """Make the names of all directories on the way to `path` durable: `mkdir` may have made any of them,
+    now or in a session that died before it came to this."""
+    while path != (path := os.path.dirname(path)):
+        try:
+            files.fsync_directory(path)
+        except OSError as error:
+            if error.errno not in _NOT_OURS_TO_SYNC:
+                raise
 
 
 def _inspect(path: str, names: list[str], files: Files) -> None:

@@ -28,7 +28,7 @@ from .base import Buffer
 from .files import Files
 from .index import Index, Run
 from .reader import Read, Reader
-from .segment import Handles, Segment
+from .segment import DEAD, Handles, Segment
 from .writer import Item, Room, Writer
 
 
@@ -103,6 +103,9 @@ class Reclaimer:
         return chosen
 
     def _retire(self, victim: Segment) -> bool:
+        # A power loss may undo any unlink: pages must be gone for good before their tombstone goes.
+        if DEAD in victim.lengths and not self._writer.names_synced():
+            return False
         if victim is self._writer.active:
             self._writer.forget_active()
         # Before the file goes: a reader that cannot open it any more must know that it is not lost.

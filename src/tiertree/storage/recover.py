@@ -48,7 +48,7 @@ class Recovery:
         found = map(fmt.segment_number, names)
         numbers = sorted(number for number in found if number is not None)
         sound = {number: self._header_is_sound(number) for number in numbers}
-        self.last_number = max(numbers, default=0)
+        self.last_number = max((number for number in numbers if sound[number]), default=0)
         for name in names:
             if name.endswith(fmt.TEMPORARY_SUFFIX):
                 self._files.unlink(os.path.join(self._directory, name))
@@ -138,18 +138,15 @@ class Recovery:
             self._files.fdatasync(fd)
         except OSError:
             segment.turn("abandon")
-            self._room.settle(segment, segment.size, 0)
 
     def _finish(self, segment: Segment) -> None:
         fd = self._handles.acquire(segment)
         if fd is None:
             raise FileNotFoundError(segment.path)
         try:
-            if write_footer(self._files, fd, segment):
-                segment.turn("seal")
-            else:
-                segment.turn("abandon")
-            self._room.settle(segment, self._files.size(fd), 0)
+            sealed = write_footer(self._files, fd, segment)
+            segment.turn("seal" if sealed else "abandon")
+            self._room.settle(segment, self._files.size(fd), 0 if sealed else segment.reserve)
         finally:
             self._handles.release(segment)
 

@@ -1,20 +1,37 @@
 """Threads that carry pages between host pools and a storage backend (see `jobs`).
 
-The queue is bounded: what does not fit is refused by a Completion with an error. A backend that raises
+    submit ─▶ queue ─▶ worker: a call into the backend, another, … ─▶ finished
+                │          │ a look at `cancelled` before every call
+              cancel ──────┘   and late: the worker is stuck, and another one takes its place
+
+The queue is bounded: what does not fit is declined by a Completion with an error. A backend that raises
 fails the operation, and what was done before is still told.
+
+A call that does not return keeps its thread for ever. When such an operation is cancelled because it is
+late, its worker counts as stuck and a replacement is started, up to `STUCK_MAX` of them. Half of these are
+for writes and half for reads: while as many are stuck in one storage, no more of that sort are begun there.
+So a storage that hangs when it is written to can still be read, and one that answers again is used again.
+A stuck worker whose call returns after all is needed no more, and ends.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 
 from ..pools.group import PoolGroup
-from ..tree.actions import Completion
+from ..tree.actions import Completion, Put
 from .base import Storage
 from .jobs import Job, Ways, bare_way, pool_way, task_of
+
+STUCK_MAX = 16
+"""Stuck workers that are replaced at most."""
+
+
+BARRED = "too many calls of this sort are stuck in storage"
 
 
 class StorageWorkers:
@@ -32,20 +49,27 @@ class StorageWorkers:
         self._ways: Ways = {kind: pool_way(kind, host[kind], shard) for kind in host.kinds}.__getitem__
         self._finished = finished
         self._queue_max = queue_max
+        self._wanted = threads
         self._jobs: deque[tuple[Job, Storage]] = deque()
-        self._running: set[int] = set()
+        self._running: dict[int, tuple[Job, Storage]] = {}
+        """Queued, or in the hands of a worker."""
         self._cancelled: set[int] = set()
+        self._stuck: dict[int, tuple[Job, Storage]] = {}
+        """Late, and in the hands of a worker."""
         self._change = threading.Condition()
         self._closing = False
-        self._threads = [
-            threading.Thread(target=self._work, name=f"tiertree-storage-{index}", daemon=True)
-            for index in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._started = 0
+        self._threads: set[threading.Thread] = set()
+        for _ in range(threads):
+            self._start()
+
+    @property
+    def stuck(self) -> int:
+        """How many workers are in a call that is late. O(1)."""
+        return len(self._stuck)
 
     def submit(self, job: Job) -> None:
-        """Queue `job`, or refuse it at once by a Completion. Never waits."""
+        """Queue `job`, or decline it at once by a Completion. Never waits."""
         storage = self.storage
         with self._change:
             refusal = None
@@ -53,23 +77,27 @@ class StorageWorkers:
                 refusal = "no storage is attached"
             elif self._closing or len(self._jobs) >= self._queue_max:
                 refusal = "the storage queue is full"
+            elif self._barred(job, storage):
+                refusal = BARRED
             else:
+                self._running[job.op] = job, storage
                 self._jobs.append((job, storage))
-                self._running.add(job.op)
                 self._change.notify()
         if refusal is not None:
-            self._finished(task_of(job).completion(refusal))
+            self._finished(task_of(job).declined(refusal))
 
-    def cancel(self, op: int) -> None:
+    def cancel(self, op: int, late: bool = False) -> None:
         """Stop `op` before its next batch, or at once if no worker has it yet; its final Completion
-        follows either way."""
+        follows either way. If it is `late` and a worker has it, another one takes that worker's place."""
         with self._change:
             queued = next((item for item in self._jobs if item[0].op == op), None)
             if queued is not None:
                 self._jobs.remove(queued)
-                self._running.discard(op)
+                del self._running[op]
             elif op in self._running:
                 self._cancelled.add(op)
+                if late:
+                    self._replace(op)
         if queued is not None:
             self._finished(task_of(queued[0]).completion("cancelled"))
 
@@ -77,36 +105,67 @@ class StorageWorkers:
         """Cancel what is queued or running and stop the threads. Returns what did not end in time."""
         with self._change:
             self._closing = True
-            self._cancelled |= self._running
+            self._cancelled |= self._running.keys()
             self._change.notify_all()
+            threads = list(self._threads)
         end = time.monotonic() + deadline_s
-        for thread in self._threads:
+        for thread in threads:
             thread.join(max(0.0, end - time.monotonic()))
         with self._change:
             return tuple(sorted(self._running))
 
     # -- worker threads ---------------------------------------------------------------------------
 
+    def _start(self) -> None:
+        name = f"tiertree-storage-{self._started}"
+        thread = threading.Thread(target=self._work, name=name, daemon=True)
+        thread.start()
+        self._started += 1
+        self._threads.add(thread)
+
+    def _replace(self, op: int) -> None:
+        """The worker of `op` is stuck. Where the machine has no thread to spare the next one that gets stuck
+        tries again. Holds the lock."""
+        self._stuck[op] = self._running[op]
+        missing = self._wanted + min(len(self._stuck), STUCK_MAX) - len(self._threads)
+        with contextlib.suppress(RuntimeError):
+            for _ in range(0 if self._closing else missing):
+                self._start()
+
     def _work(self) -> None:
         while True:
             with self._change:
-                while not self._jobs and not self._closing:
+                while not self._jobs and not self._closing and not self._too_many():
                     self._change.wait(1.0)
-                if not self._jobs:
+                if not self._jobs or self._too_many():
+                    self._threads.discard(threading.current_thread())
                     return
                 job, storage = self._jobs.popleft()
-            completion = self._run(job, storage)
+                barred = self._barred(job, storage)
+            completion = task_of(job).declined(BARRED) if barred else self._run(job, storage)
             with self._change:
-                self._running.discard(job.op)
+                del self._running[job.op]
                 self._cancelled.discard(job.op)
+                self._stuck.pop(job.op, None)
             self._finished(completion)
+
+    def _barred(self, job: Job, storage: Storage) -> bool:
+        """Whether too many workers are stuck in `storage` to begin another job of this sort. Holds the
+        lock. O(stuck)."""
+        writes = isinstance(job, Put)
+        same = (isinstance(each, Put) == writes and at is storage for each, at in self._stuck.values())
+        return sum(same) >= STUCK_MAX // 2
+
+    def _too_many(self) -> bool:
+        """Whether more workers are free than there should be. Holds the lock."""
+        return len(self._threads) - len(self._stuck) > self._wanted
 
     def _run(self, job: Job, storage: Storage) -> Completion:
         task, error = task_of(job, self._finished), None
         try:
             error = task.run(storage, self._ways, lambda: job.op in self._cancelled)
         except BaseException as raised:
-            error = f"{type(raised).__name__}: {raised}"
+            return task.broken(raised)
         return task.completion(error)
 
 
@@ -117,5 +176,5 @@ def answer(action: Job, storage: Storage) -> Completion:
     try:
         error = task.run(storage, bare_way, lambda: False)
     except Exception as raised:
-        error = f"{type(raised).__name__}: {raised}"
+        return task.broken(raised)
     return task.completion(error)

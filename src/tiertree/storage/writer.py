@@ -14,6 +14,7 @@ not published is cut off and forgotten, what was published stays, verified as ev
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Sequence
 from enum import StrEnum
@@ -170,6 +171,16 @@ class Writer:
         else:
             self._abandon()
 
+    def names_synced(self) -> bool:
+        """Make what was created and unlinked so far durable, if that is asked for. False: it failed."""
+        if self._durability is Durability.BATCH:
+            try:
+                self._files.fsync_directory(self._directory)
+            except OSError:
+                return False
+            self._name_unsynced = False
+        return True
+
     def forget_active(self) -> None:
         """The active segment is about to be retired: stop writing to it."""
         assert not self._unpublished, "a segment with unpublished records was about to be retired"
@@ -216,6 +227,8 @@ class Writer:
         self.active, self._fd, self._tail = segment, fd, segment.end
 
     def _create(self) -> None:
+        if self.next_number > fmt.SEGMENT_NUMBER_MAX:
+            raise OSError(errno.EOVERFLOW, "segment numbers are used up")
         segment = Segment(self._directory, self.next_number)
         fd = self._files.open(segment.path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         self.next_number += 1
@@ -234,10 +247,11 @@ class Writer:
     def _synced(self) -> bool:
         try:
             self._files.fdatasync(self._fd)
-            if self._name_unsynced:  # last, because on most file systems the sync before has done it by then
-                self._files.fsync_directory(self._directory)
-                self._name_unsynced = False
         except OSError:
+            self._abandon()
+            return False
+        # The name comes last, because on most file systems the sync before has done it by then.
+        if self._name_unsynced and not self.names_synced():
             self._abandon()
             return False
         return True
@@ -257,7 +271,8 @@ class Writer:
         self._unpublished = []
         with contextlib.suppress(OSError):
             self._files.truncate(self._fd, segment.end)
-        self._room.settle(segment, self._measure(self._tail), 0)
+        # Its footer is written when it is opened again, and must find room then without a page going for it.
+        self._room.settle(segment, self._measure(self._tail), segment.footer_bytes())
         if not segment.keys and self._removed(segment):
             return
         self._leave("abandon")

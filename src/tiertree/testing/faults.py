@@ -15,6 +15,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from ..executor import Memory
 from ..storage.base import Storage
 from ..storage.workers import answer
 from ..tree.actions import Action, Cancel, Completion, Copy, Get, Put, Query, Span
@@ -22,6 +23,9 @@ from ..types import FULL, Kind, Slots, Tier
 
 JUNK = "junk"
 """What a slot holds while a transfer may write to it, and after one has failed."""
+
+POISON = "poison"
+"""What a slot that nobody owns holds where debug poison is on."""
 
 Contents = dict[Tier, list[object]]
 """What each slot of a tier holds."""
@@ -39,6 +43,26 @@ class Clock:
     def advance(self, seconds: float) -> None:
         """Let `seconds` pass."""
         self.now += seconds
+
+
+class _Contents:
+    """The contents of one kind on one tier as `Memory`."""
+
+    def __init__(self, contents: list[object]) -> None:
+        self._contents = contents
+
+    def poison(self, slots: Slots) -> None:
+        """See `Memory.poison`."""
+        for slot in slots.tolist():
+            self._contents[slot] = POISON
+
+    def stain(self, slots: Slots) -> str | None:
+        """See `Memory.stain`. The content of a page is one object, not bytes."""
+        contents = self._contents
+        for slot in slots.tolist():
+            if contents[slot] is not POISON:
+                return f"slot {slot}, pool 'main', holds {contents[slot]!r:.200}, not poison"
+        return None
 
 
 class ManualExecutor:
@@ -118,9 +142,17 @@ class ManualExecutor:
         """Copy device slots of `kind`, at once."""
         self._move(kind, (Tier.DEVICE, source), (Tier.DEVICE, target))
 
+    def memory(self, kind: Kind, tier: Tier) -> Memory | None:
+        """The contents, to be poisoned."""
+        return _Contents(self.of(kind)[tier])
+
     def attach(self, storage: Storage | None) -> None:
         """Which keys there are is for `storage` to say (see `KeyStorage`); contents are in `stored`."""
         self.storage = storage
+
+    def stuck_threads(self) -> int:
+        """There are no threads."""
+        return 0
 
     def close(self, deadline_s: float) -> tuple[int, ...]:
         """Whatever is pending is abandoned."""
@@ -136,7 +168,7 @@ class ManualExecutor:
                 self._move(move.kind, (action.source, move.source), (action.target, move.target))
             self._answer(Completion(action.op, sum(len(move.source) for move in action.moves)))
         elif self.storage is None:
-            self._answer(Completion(action.op, 0, "no storage is attached"))
+            self._answer(Completion(action.op, 0, "no storage is attached", declined=True))
         elif isinstance(action, Query):
             self._answer(answer(action, self.storage))
         else:
@@ -148,16 +180,18 @@ class ManualExecutor:
         pages: int = 0,
         error: str = "failed",
         others: Sequence[int] | None = None,
+        broken: bool = True,
     ) -> None:
         """Answer `op` (None: the oldest) with `error`, after `pages` leading pages of a Put or Get, and
-        `others` of its further spans, which come before (None: all of them, unless `pages` is 0)."""
+        `others` of its further spans, which come before (None: all of them, unless `pages` is 0). `broken`:
+        a Put, Get or Query ends so because storage itself failed."""
         action = self._take(op)
         done = Completion(action.op, 0)
         if self.storage is not None and isinstance(action, Put | Get):
             if others is None:
                 others = [len(span.hashes) * (pages > 0) for span in action.spans[1:]]
             done = self._carry(action, [pages, *others])
-        self._answer(replace(done, error=error))
+        self._answer(replace(done, error=error, broken=broken and not isinstance(action, Copy)))
 
     def progress(self, op: int, pages: int, others: Sequence[int] | None = None) -> None:
         """`pages` leading pages of the Get `op` have arrived, the rest is still to come. Further spans come
@@ -265,7 +299,9 @@ class FaultyExecutor(ManualExecutor):
         pages, *others = _some_of(action, rng)
         if isinstance(action, Get) and self.storage is not None and rng.random() < 0.3:
             self.progress(op, pages, others if rng.random() < self._failing else None)
-        elif rng.random() < self._failing or op in self.cancelled:
+        elif op in self.cancelled:
+            self.fail(op, pages, "cancelled", others, broken=False)
+        elif rng.random() < self._failing:
             self.fail(op, pages, others=others)
         else:
             self.complete(op)

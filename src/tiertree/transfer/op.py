@@ -51,11 +51,6 @@ class PoolMove:
         if np.unique(self.target_slots).size != self.target_slots.size:
             raise InvalidSlots("target slots repeat")
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes to copy."""
-        return self.source_slots.size * self.source.page_bytes
-
 
 @dataclass(frozen=True, slots=True)
 class Transfer:

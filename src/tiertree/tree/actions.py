@@ -71,9 +71,11 @@ class Get:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Stop `op` if it can be stopped. Its own final `Completion` still follows, sooner or later."""
+    """Stop `op` if it can be stopped. Its own final `Completion` still follows, sooner or later. `late`: it
+    is past its deadline, so whoever works on it may be stuck there."""
 
     op: int
+    late: bool = False
 
 
 Action = Copy | Put | Query | Get | Cancel
@@ -91,6 +93,10 @@ class Completion:
     `others` says the same of the further spans of a Put, Get or Query, one entry each: for Put how many
     pages are stored, for Get how many leading ones have arrived. For a Query `held` has one entry each:
     a byte per page, 1 where storage holds it.
+
+    `broken` and `declined` tell two kinds of `error` from all others. `broken`: storage itself failed, it
+    raised or answered nonsense (a page that is not there is no failure). `declined`: nobody has begun with
+    it, because a queue is full or there is nothing to ask.
     """
 
     op: int
@@ -101,3 +107,5 @@ class Completion:
     evicted: tuple[bytes, ...] = ()
     others: tuple[int, ...] = ()
     held: tuple[bytes, ...] = ()
+    broken: bool = False
+    declined: bool = False

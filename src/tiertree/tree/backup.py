@@ -12,6 +12,7 @@ import numpy as np
 
 from ..types import FULL, WritePolicy
 from .actions import Completion, Put, Span
+from .breaker import Verdict
 from .counters import Counters
 from .evict import Evictor
 from .node import Node, fragments
@@ -102,7 +103,10 @@ class Backup:
     def _start(self, end: Node, first: int, stop: int, since: int, now: float) -> bool:
         """Back up FULL's pages `first .. stop`, and of partial kinds what host lacks from `since` on."""
         radix, operations, wanted = self._radix, self._operations, stop - first
-        if operations.full or not self._evictor.health.well(now):
+        if not operations.breakers.to_host.admits(now):
+            self._counters.backups_skipped += wanted
+            return False
+        if operations.full:
             self._counters.backups_dropped += wanted
             return False
         holds = [radix.hold(end, DEVICE), radix.hold(end, HOST)]
@@ -118,16 +122,20 @@ class Backup:
         return True
 
     def backed_up(self, operation: Operation, now: float) -> None:
-        """The pages of a backup or demotion are READY on host: offer them to storage, once."""
+        """The pages of a backup or demotion are READY on host: offer them to storage, once, if it is worth
+        asking."""
         self._counters.backed_up += operation.count
         for part in operation.parts:
             part.kind.counters.backed_up += len(part.pages)
         end = operation.end
         if not self.storage or end is None or end.detached:
             return
+        if not self._operations.breakers.writes.admits(now):
+            self._counters.persists_dropped += operation.count
+            return
         self._counters.offered += operation.count
         if self._operations.storage_full:
-            self._counters.persists_refused += operation.count
+            self._counters.persists_crowded += operation.count
             return
         radix, first = self._radix, operation.first
         if operation.count:
@@ -145,6 +153,7 @@ class Backup:
             chain = radix.hashes.of_range(end, low, int(part.pages[-1]) + 1 - low)
             theirs = tuple(chain[page - low] for page in part.pages.tolist())
             spans.append(Span(part.kind.kind, theirs, part.source))
+        put.page_hash = next((span.hashes[0] for span in spans if span.hashes), None)
         self._storing[put.number] = (self._epoch, hashes)
         self._operations.send(put, Put(put.number, tuple(spans)))
 
@@ -152,11 +161,16 @@ class Backup:
         """Storage has been attached, detached or cleared: answers to earlier Puts are not about it."""
         self._epoch += 1
 
-    def persisted(self, operation: Operation, completion: Completion) -> None:
+    def persisted(self, operation: Operation, completion: Completion, now: float) -> None:
         """Storage has answered a Put."""
         epoch, hashes = self._storing.pop(operation.number)
+        self._operations.hear(operation, _verdict(completion), now)
         self._counters.persisted += len(completion.stored)
-        self._counters.persists_refused += operation.count - max(0, min(completion.pages, operation.count))
+        kept = max(0, min(completion.pages, operation.count))
+        if completion.declined:
+            self._counters.persists_crowded += operation.count
+        else:
+            self._counters.persists_refused += operation.count - kept
         for part, kept in zip(operation.parts, completion.others, strict=False):
             part.kind.counters.persisted += max(0, min(kept, len(part.pages)))
         announcer, end = self._radix.announcer, operation.end
@@ -169,3 +183,12 @@ class Backup:
             if not node.detached:
                 announcer.persisted(node, np.flatnonzero(fresh[at : at + high - low]) + low)
         announcer.evicted_from_storage(completion.evicted)
+
+
+def _verdict(put: Completion) -> Verdict:
+    """What the answer to a Put says of storage. One that kept nothing at all is full, which is as bad."""
+    if put.broken:
+        return Verdict.BAD
+    if put.error is not None:
+        return Verdict.NOTHING
+    return Verdict.GOOD if put.pages > 0 or any(kept > 0 for kept in put.others) else Verdict.BAD

@@ -16,9 +16,11 @@ from math import lcm
 from types import MappingProxyType
 
 from ..types import FULL, ForeignObject, Kind, LeaseReleased, Refused, Slots, StaleMatch, Tier, WritePolicy
+from ..validate import shown
 from .actions import Action, Completion
 from .arrivals import Arrivals
 from .backup import Backup
+from .breaker import Breakers, Verdict
 from .counters import Counters
 from .evict import Evictor
 from .fetch import Fetches
@@ -30,12 +32,13 @@ from .lease import Allocated, Lease, Match
 from .ledger import ANYBODY, Ledger, Owner
 from .load import LoadBack, Loads
 from .node import Node
-from .operation import Operation, Operations, Purpose
+from .operation import Operation, Operations, Purpose, verdict_on
 from .partial import Partial
 from .prefetch import Prefetch
 from .radix import DEVICE, HOST, Radix
 from .reach import NOWHERE_AT_ALL, Reach, reach
 from .rules import Rules
+from .stuck import remember
 from .victims import Policy
 from .window import pin_beyond
 
@@ -60,7 +63,8 @@ class Core:
         self.counters = Counters()
         closed = rules.write_policy is not WritePolicy.WRITE_BACK
         self.radix = Radix(keys, ledgers, policy, closed, fingerprint, journal, partials)
-        self.operations = Operations(self.radix, rules.op_deadline_seconds, rules.operations_max)
+        breakers = Breakers(rules.breaker_failures, rules.breaker_base_seconds, rules.breaker_max_seconds)
+        self.operations = Operations(self.radix, breakers, rules.op_deadline_seconds, rules.operations_max)
         self.evictor = Evictor(self.radix, self.operations, self.counters, write_back=not closed)
         self.backup = Backup(
             self.radix,
@@ -80,6 +84,7 @@ class Core:
             self.operations,
             self.evictor,
             self.landing,
+            self.counters,
             rules.prefetch_pages_min,
             rules.prefetch_pages_in_flight_max,
         )
@@ -189,10 +194,10 @@ class Core:
 
     def ledger(self, kind: Kind, tier: Tier) -> Ledger:
         """The books of `kind` on `tier`. Raises ForeignObject for a kind that the cache does not have."""
-        if kind == FULL:
+        if kind is FULL or (isinstance(kind, str) and kind == FULL):
             return self.radix.ledgers[tier]
-        if kind not in self.kinds:
-            raise ForeignObject(f"this cache has no kind {kind!r}; allowed: {[FULL, *self.kinds]}")
+        if not isinstance(kind, str) or kind not in self.kinds:
+            raise ForeignObject(f"this cache has no kind {shown(kind)}; allowed: {[FULL, *self.kinds]}")
         return self.kinds[kind].ledgers[tier]
 
     def take(self, pages: int, lease: Lease | None, kind: Kind = FULL) -> Slots | None:
@@ -228,7 +233,7 @@ class Core:
         if lease is not None and lease.epoch != self.epoch:
             return Refused("the weights have changed since this lease was acquired")
         tag, pages = lease.number if lease is not None else ANYBODY, key.pages - first
-        brought = self._insert.brought(self.kinds, partial, pages, tag) if partial else ()
+        brought = self._insert.brought(self.kinds, partial, pages, tag) if partial is not NOTHING else []
         self._insert.check(self.radix.ledgers[DEVICE], slots, pages, tag)
         mine = hold.end if hold is not None else None
         end, existing, depth = self._insert.insert(key, slots, first, now, mine)
@@ -308,6 +313,7 @@ class Core:
     def attach_storage(self, attached: bool) -> None:
         """Whether there is a storage to persist to and prefetch from."""
         self.backup.storage = self.fetches.storage = attached
+        self.operations.breakers.storage_changed()
         self.backup.storage_changed()
 
     def storage_cleared(self) -> None:
@@ -353,12 +359,11 @@ class Core:
             self.counters.stray_completions += 1
         elif operation.purpose is Purpose.PERSIST:
             self.operations.finish(operation)
-            self.backup.persisted(operation, completion)
+            self.backup.persisted(operation, completion, now)
         elif operation.late:
             self.operations.finish(operation)
         else:
-            if operation.target_tier == HOST:
-                self.evictor.health.ended(completion.error is None, now)
+            self.operations.hear(operation, verdict_on(completion), now)
             self.arrivals.arrive(operation, completion.error is None)
 
     def expire(self, now: float) -> None:
@@ -368,13 +373,13 @@ class Core:
         for operation in self.operations.overdue(now):
             self.counters.late_operations += 1
             self.radix.version += 1
+            remember(operation, self.radix.hashes, self.leases.values())
+            self.operations.hear(operation, Verdict.LATE, now)
             if operation.purpose in (Purpose.QUERY, Purpose.FETCH):
                 self.fetches.late(operation, now)
             elif operation.purpose is Purpose.PERSIST:
                 self.operations.let_go(operation)
             else:
-                if operation.target_tier == HOST:
-                    self.evictor.health.failed(now, late=True)
                 self.arrivals.late(operation)
         self.landing.retry(now)
 

@@ -17,17 +17,26 @@ class Counters:
     """Pages whose copy on host became READY, by backup or demotion."""
     backups_dropped: int = 0
     """Pages not backed up for want of host room or of a free operation; offered again when touched."""
+    backups_skipped: int = 0
+    """Pages not backed up because the breaker of copies to host was open; offered again when touched."""
     loaded_back: int = 0
     offered: int = 0
     """Pages offered to storage."""
     persisted: int = 0
     """Pages that storage took and did not have before."""
     persists_refused: int = 0
-    """Pages that storage did not take, for whatever reason."""
+    """Pages that storage was asked to take and did not: no room there, or it failed."""
+    persists_crowded: int = 0
+    """Pages dropped because as many operations wait for storage as may, or because its queue was full."""
+    persists_dropped: int = 0
+    """Pages not offered to storage because the breaker of storage writes was open."""
     prefetched: int = 0
     """Pages that came from storage and are in the tree."""
     prefetch_discarded: int = 0
     """Pages that came from storage and found no place."""
+    prefetch_vanished: int = 0
+    """Pages of any kind that storage had said it holds and then did not bring: evicted there meanwhile,
+    damaged, or never there."""
     failed_operations: int = 0
     late_operations: int = 0
     stray_completions: int = 0

@@ -17,7 +17,6 @@ import numpy as np
 from ..types import Slots, Tier
 from .carry import Carrier
 from .counters import Counters
-from .health import Health
 from .node import Lane, Node, subtree
 from .operation import Operation, Operations, Purpose
 from .radix import DEVICE, EMPTY, HOST, LANES, Radix
@@ -27,15 +26,14 @@ from .thin import Thinner
 class Evictor:
     """Evicts from either in-memory tier. `write_back`: device pages go to host before they go."""
 
-    __slots__ = ("_counters", "_operations", "_radix", "_write_back", "carrier", "health", "thinner")
+    __slots__ = ("_counters", "_operations", "_radix", "_write_back", "carrier", "thinner")
 
     def __init__(self, radix: Radix, operations: Operations, counters: Counters, write_back: bool) -> None:
         self._radix = radix
         self._operations = operations
         self._counters = counters
         self._write_back = write_back
-        self.health = Health()
-        self.thinner = Thinner(radix, operations, self.health, write_back)
+        self.thinner = Thinner(radix, operations, write_back)
         self.carrier = Carrier(radix, self.thinner)
 
     def evict(self, tier: Tier, count: int, now: float) -> tuple[int, int]:
@@ -140,6 +138,7 @@ class Evictor:
         if pending >= count:
             return 0, pending
         skipped: list[Node] = []
+        breaker = self._operations.breakers.to_host
         for node, lane in radix.victims[DEVICE].candidates():
             if self._operations.full:
                 skipped.append(node)
@@ -156,7 +155,7 @@ class Evictor:
             else:
                 low = max(high - need, self._bare_from(node, high))
                 first = self._up_to(node, node.start + low, node.start + high, need)
-                well = self.health.well(now)
+                well = breaker.admits(now)
                 copied = self._copy_out(node, first, node.start + high, now) if well else 0
                 pending += copied
                 if not copied and pending and well:
@@ -234,7 +233,7 @@ class Evictor:
         """FULL is on host for pages `low .. high` of `node`: copy there what partial kinds would lose with
         them. Returns whether a copy was started; once it is done the next evict lets these pages go."""
         radix, first, stop = self._radix, node.start + low, node.start + high
-        if not node.partial or self._operations.full or not self.health.well(now):
+        if not node.partial or self._operations.full or not self._operations.breakers.to_host.admits(now):
             return False
         cargo = self.carrier.cargo(node, first, stop)
         if not cargo:

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from ..types import FULL, Kind, Refused, Slots
 from .actions import Completion, Get, Query, Span
+from .breaker import Verdict
+from .counters import Counters
 from .evict import Evictor
 from .key import Key
 from .landing import Landing
@@ -32,6 +34,8 @@ class Fetches:
     """Starts prefetches and lands them."""
 
     __slots__ = (
+        "_breaker",
+        "_counters",
         "_evictor",
         "_landing",
         "_operations",
@@ -48,11 +52,14 @@ class Fetches:
         operations: Operations,
         evictor: Evictor,
         landing: Landing,
+        counters: Counters,
         pages_min: int,
         pages_in_flight_max: int,
     ) -> None:
         self._radix = radix
         self._operations = operations
+        self._breaker = operations.breakers.reads
+        self._counters = counters
         self._evictor = evictor
         self._landing = landing
         self.pages_min = max(pages_min, 1)
@@ -66,13 +73,16 @@ class Fetches:
         return self._landing.pages + sum(each.wanted for each in self._running.values())
 
     def start(self, key: Key, reach: Reach, now: float) -> Prefetch | Refused:
-        """Ask storage for what memory, which has `reach` of it, lacks of `key`. O(pages)."""
+        """Ask storage for what memory, which has `reach` of it, lacks of `key`; Refused when it is not worth
+        it, or may not be now. O(pages)."""
         _, memory, _, full = reach
         wanted = key.pages - memory
         if not self.storage:
             return Refused("no storage is attached")
         if wanted < self.pages_min:
             return Refused(f"{wanted} pages are fewer than the minimum of {self.pages_min}")
+        if not self._breaker.admits(now):
+            return Refused(self._breaker.refusal(now))
         if self.pages_in_flight + wanted > self.pages_in_flight_max:
             return Refused(
                 f"{self.pages_in_flight} pages are being prefetched; the limit is {self.pages_in_flight_max}"
@@ -90,6 +100,8 @@ class Fetches:
         self._running[operation.number] = prefetch
         asked: list[tuple[Kind, tuple[bytes, ...]]] = [(FULL, prefetch.hashes[full - low :])]
         asked += [(kind.kind, prefetch.of(pages)) for kind, pages in prefetch.asked]
+        operation.count, operation.namespace = sum(len(hashes) for _, hashes in asked), key.namespace
+        operation.page_hash = next((hashes[0] for _, hashes in asked if hashes), None)
         self._operations.send(operation, Query(operation.number, tuple(asked)))
         return prefetch
 
@@ -113,6 +125,7 @@ class Fetches:
         prefetch = self._running.get(operation.number)
         if prefetch is None:
             if completion.final:
+                self._operations.hear(operation, _verdict(operation, completion), now)
                 self._operations.finish(operation)
             return
         if operation.purpose is Purpose.FETCH:
@@ -123,20 +136,27 @@ class Fetches:
         del self._running[operation.number]
         if operation.purpose is Purpose.QUERY:
             self._operations.finish(operation)
-            self._read(prefetch, completion, now)
+            if not self._read(prefetch, completion, operation, now):
+                prefetch.stage = Stage.SETTLED
+                self._operations.hear(operation, _verdict(operation, completion), now)
         else:
+            self._operations.hear(operation, _verdict(operation, completion), now)
             self._carve(prefetch, operation)
+            if not completion.broken and not completion.declined:
+                lacking = operation.target, *(part.target for part in operation.parts)
+                self._counters.prefetch_vanished += sum(map(len, lacking))
             self._operations.finish(operation)
             self._landing.land(prefetch, now)
 
-    def _read(self, prefetch: Prefetch, found: Completion, now: float) -> None:
-        """What storage has is known: take host memory for what is worth reading, and read."""
-        planned = None
-        if not prefetch.unwanted and not self._operations.storage_full:
-            planned = self._plan(prefetch, found)
+    def _read(self, prefetch: Prefetch, found: Completion, query: Operation, now: float) -> bool:
+        """What storage has is known, if it is: take host memory for what is worth reading, and read. Returns
+        whether anything is; it is the next step of `query`, and speaks for both to the breaker."""
+        unwelcome = prefetch.unwanted or self._operations.storage_full
+        if unwelcome or found.error is not None or not self._breaker.current(query.round):
+            return False
+        planned = self._plan(prefetch, found)
         if planned is None:
-            prefetch.stage = Stage.SETTLED
-            return
+            return False
         count, lacking = planned
         operation = self._operations.open(Purpose.FETCH, now)
         operation.target_tier = HOST
@@ -152,7 +172,10 @@ class Fetches:
         at = prefetch.first - prefetch.low
         spans = [Span(FULL, prefetch.hashes[at : at + count], operation.target)]
         spans += [Span(part.kind.kind, prefetch.of(part.pages), part.target) for part in operation.parts]
+        operation.namespace = prefetch.key.namespace
+        operation.page_hash = next((span.hashes[0] for span in spans if span.hashes), None)
         self._operations.send(operation, Get(operation.number, tuple(spans)))
+        return True
 
     @staticmethod
     def _take(ledger: Ledger, count: int) -> Slots:
@@ -254,3 +277,14 @@ class Fetches:
             arrived.append(Part(part.kind, part.pages[:count], EMPTY, part.target[:count]))
             rest.append(Part(part.kind, part.pages[count:], EMPTY, part.target[count:]))
         prefetch.parts, operation.parts = tuple(arrived), tuple(rest)
+
+
+def _verdict(operation: Operation, answer: Completion) -> Verdict:
+    """What the answer to a Query or Get says of storage. That a page is not there is an answer."""
+    if answer.broken:
+        return Verdict.BAD
+    arrived = operation.purpose is Purpose.FETCH and (answer.pages > 0 or any(n > 0 for n in answer.others))
+    if arrived:
+        return Verdict.GOOD
+    stopped = answer.declined or (answer.error is not None and operation.cancelled)
+    return Verdict.NOTHING if stopped else Verdict.ANSWERED

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..types import ForeignObject, InvalidSlots, Kind, Slots
+from ..validate import shown
 from .key import Key
 from .ledger import NODE_READY, REQUEST_FILLING, Ledger
 from .node import NOWHERE, Node, located
@@ -72,11 +73,11 @@ class Insert:
         """`check` for what request `tag` brings of partial kinds, where −1 says that it has none. Raises
         ForeignObject for an unknown kind too."""
         if not isinstance(partial, Mapping):
-            raise InvalidSlots(f"partial must map kinds to slots, got {partial!r:.200}")
+            raise InvalidSlots(f"partial must map kinds to slots, got {shown(partial)}")
         found = []
         for name, slots in partial.items():
             if name not in kinds:
-                raise ForeignObject(f"{name!r} is no partial kind of this cache; allowed: {[*kinds]}")
+                raise ForeignObject(f"{shown(name)} is no partial kind of this cache; allowed: {[*kinds]}")
             found.append(self._check_partial(kinds[name], slots, pages, tag))
         return found
 

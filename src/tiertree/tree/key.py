@@ -19,6 +19,8 @@ from ..types import ForeignObject, InvalidNamespace, InvalidTokens
 Tokens = Sequence[int] | NDArray[np.integer]
 
 NAMESPACE_BYTES_MAX = 1024
+TOKENS_MAX = 1 << 30
+"""No prompt has as many: a sequence that says it has is refused before it is looked at."""
 
 
 class Key:
@@ -65,10 +67,7 @@ class KeyMaker:
 
         Raises InvalidTokens (not integers, negative, above `token_max`) or InvalidNamespace.
         """
-        if not isinstance(namespace, str):
-            raise InvalidNamespace(f"namespace must be a str, got {type(namespace).__name__}")
-        if len(namespace.encode("utf-8", "surrogatepass")) > NAMESPACE_BYTES_MAX:
-            raise InvalidNamespace(f"namespace is longer than {NAMESPACE_BYTES_MAX} bytes")
+        check_namespace(namespace)
         units = self._units(self._checked(tokens))
         whole = len(units) - len(units) % self.page_size
         return Key(self, units[:whole].tobytes(), namespace)
@@ -76,7 +75,7 @@ class KeyMaker:
     def extend(self, key: Key, tokens: Tokens) -> Key:
         """`key` with more whole pages of `tokens` behind it; not for bigram caches, whose last unit
         depends on the next token. O(pages of the result), one copy."""
-        if key.maker is not self:
+        if not isinstance(key, Key) or key.maker is not self:
             raise ForeignObject("this key was made by another cache")
         if self.bigram:
             raise InvalidTokens("a bigram key cannot be extended: make it anew from all tokens")
@@ -85,13 +84,15 @@ class KeyMaker:
 
     def _checked(self, tokens: Tokens) -> NDArray[np.integer]:
         try:
+            if len(tokens) > TOKENS_MAX:
+                raise InvalidTokens(f"{len(tokens)} tokens are more than {TOKENS_MAX}")
             array = np.asarray(tokens)
-        except (TypeError, ValueError, OverflowError) as error:
+        except (TypeError, ValueError, OverflowError, RuntimeError, MemoryError) as error:
             raise InvalidTokens(f"tokens are not a flat sequence of integers: {error}") from None
         if array.ndim != 1:
             raise InvalidTokens(f"tokens must have one dimension, got {array.ndim}")
         if array.size == 0:
-            return array.astype(np.int64)
+            return np.empty(0, np.int64)
         if array.dtype.kind not in "iu":
             raise InvalidTokens(f"tokens must be integers, got {array.dtype}")
         if array.dtype == np.int64 and array.view(np.uint64).max() <= self.token_max:
@@ -109,6 +110,14 @@ class KeyMaker:
         wide = tokens.astype(np.uint64)
         bigrams: NDArray[np.integer] = (wide[:-1] << np.uint64(32)) | wide[1:]
         return bigrams
+
+
+def check_namespace(namespace: str) -> None:
+    """Raise InvalidNamespace unless `namespace` is a text that is not too long."""
+    if not isinstance(namespace, str):
+        raise InvalidNamespace(f"namespace must be a str, got {type(namespace).__name__}")
+    if len(namespace.encode("utf-8", "surrogatepass")) > NAMESPACE_BYTES_MAX:
+        raise InvalidNamespace(f"namespace is longer than {NAMESPACE_BYTES_MAX} bytes")
 
 
 def first_difference(edge: bytes, units: bytes, at: int, page_bytes: int) -> int:

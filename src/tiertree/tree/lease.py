@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..types import ForeignObject, Kind, LeaseReleased, Slots
+from ..validate import shown
 from .key import Key
 from .node import Hold, Node, fragments
 from .partial import Partial
@@ -162,10 +163,13 @@ class Lease:
         """The device slots of a partial kind that continuing at `device_boundary` reads, pinned until the
         lease moves or ends. Raises LeaseReleased when they were released early, ForeignObject for a kind
         that the cache does not have."""
-        if self.released or kind in self.returned:
-            raise LeaseReleased(f"the window of {kind!r} was released, and cannot be used or released again")
-        if kind not in self.windows:
-            raise ForeignObject(f"{kind!r} has no window here; allowed: {sorted(self.windows)}")
+        known = isinstance(kind, str)
+        if self.released or (known and kind in self.returned):
+            raise LeaseReleased(
+                f"the window of {shown(kind)} was released, and cannot be used or released again"
+            )
+        if not known or kind not in self.windows:
+            raise ForeignObject(f"{shown(kind)} has no window here; allowed: {sorted(self.windows)}")
         return self.windows[kind]
 
     def pin_windows(self, partials: Sequence[Partial]) -> None:

@@ -22,6 +22,7 @@ tables below raises and changes nothing.
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,16 +84,41 @@ class LedgerError(AssertionError):
     """A transition that is not in the table: a bug in the caller, and nothing has changed."""
 
 
+class Observer(Protocol):
+    """Who wants to know which slots come and go (see `poison`)."""
+
+    def freed(self, slots: Slots) -> None:
+        """`slots` are FREE from now on: nobody may read or write them."""
+        ...
+
+    def taken(self, slots: Slots) -> None:
+        """`slots` are about to be taken. What it raises keeps them FREE."""
+        ...
+
+
 class Ledger:
     """The books of one pool of `capacity` slots. Every method is vectorised, O(slots given)."""
 
-    __slots__ = ("_batches", "_proven", "_stack", "book", "capacity", "free", "pinned", "pins", "tags")
+    __slots__ = (
+        "_batches",
+        "_proven",
+        "_stack",
+        "book",
+        "capacity",
+        "free",
+        "observer",
+        "pinned",
+        "pins",
+        "tags",
+    )
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.free = capacity
         self.pinned = 0
         """Slots that a node owns and somebody has pinned."""
+        self.observer: Observer | None = None
+        """Is told of every slot that becomes FREE or is taken; None where nobody asks."""
         self.book: NDArray[np.uint8] = np.full(capacity, FREE, np.uint8)
         self.pins: NDArray[np.int32] = np.zeros(capacity, np.int32)
         self.tags: NDArray[np.int64] = np.zeros(capacity, np.int64)
@@ -105,8 +131,10 @@ class Ledger:
         many."""
         if count > self.free:
             return None
+        slots = self._stack[self.free - count : self.free][::-1].copy()
+        if self.observer is not None:
+            self.observer.taken(slots)
         self.free -= count
-        slots = self._stack[self.free : self.free + count][::-1].copy()
         self.book[slots] = entry(State.FILLING, owner)
         if owner is Owner.REQUEST and count:
             self.tags[slots] = tag
@@ -249,3 +277,5 @@ class Ledger:
         self.book[slots] = FREE
         self._stack[self.free : self.free + count] = slots
         self.free += count
+        if self.observer is not None:
+            self.observer.freed(slots)

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from ..types import FULL, Slots, Tier
-from .actions import Action, Cancel, Copy, Move
+from .actions import Action, Cancel, Completion, Copy, Move
+from .breaker import Breaker, Breakers, Verdict
 from .ledger import Ledger, Owner
 from .node import Hold, Node, fragments, located, slots_of
 from .partial import Partial
@@ -52,7 +53,8 @@ class Part:
 @dataclass(slots=True, eq=False)
 class Operation:
     """One operation in flight. `source` and `target` are slots of FULL on `source_tier` and
-    `target_tier`, none where it carries partial kinds alone."""
+    `target_tier`, none where it carries partial kinds alone. A query has no slots, and `count` pages that it
+    asks about."""
 
     number: int
     purpose: Purpose
@@ -69,6 +71,16 @@ class Operation:
     holds: list[Hold] = field(default_factory=list)
     leaving: int = 0
     """How many pages of FULL are to leave device once it is done."""
+    round: int = 0
+    """The round of its breaker in which it was admitted."""
+    namespace: str | None = None
+    """Of its pages, and `page_hash` of the first of them: known from the start where storage is asked, and
+    otherwise as far as can be told once it is late."""
+    page_hash: bytes | None = None
+    cancelled: bool = False
+    """The executor has been asked to stop."""
+    owner: str = ""
+    """Who wanted it; known once it is late."""
     late: bool = False
     arrived: bool = False
     """The executor is done with it, and it waits for the page before its first."""
@@ -84,17 +96,29 @@ class Operations:
     `operations_max` (at least one) may wait for storage, the other half may be copies."""
 
     __slots__ = (
+        "_guards",
         "_next",
         "_radix",
         "_storing",
+        "breakers",
         "deadline_seconds",
         "in_flight",
         "outbox",
         "operations_max",
     )
 
-    def __init__(self, radix: Radix, deadline_seconds: float, operations_max: int) -> None:
+    def __init__(
+        self, radix: Radix, breakers: Breakers, deadline_seconds: float, operations_max: int
+    ) -> None:
         self._radix = radix
+        self.breakers = breakers
+        self._guards: dict[Purpose, Breaker] = {
+            Purpose.BACKUP: breakers.to_host,
+            Purpose.DEMOTE: breakers.to_host,
+            Purpose.PERSIST: breakers.writes,
+            Purpose.QUERY: breakers.reads,
+            Purpose.FETCH: breakers.reads,
+        }
         self._next = 1
         self._storing = 0
         self.deadline_seconds = deadline_seconds
@@ -113,8 +137,11 @@ class Operations:
         return self._storing >= max(1, self.operations_max // 2)
 
     def open(self, purpose: Purpose, now: float) -> Operation:
-        """A new operation, in flight from now on; the caller fills it in and sends its action."""
+        """A new operation, in flight from now on; the caller fills it in and sends its action. Its breaker
+        admits it, or is waiting for it as the next step of its probe."""
         operation = Operation(self._next, purpose, now, now + self.deadline_seconds)
+        if (breaker := self._guards.get(purpose)) is not None:
+            operation.round = breaker.admit(now)
         self._next += 1
         self._storing += purpose in STORING
         self.in_flight[operation.number] = operation
@@ -180,6 +207,12 @@ class Operations:
             ledger.pin(slots)
         self.outbox.append(action)
 
+    def hear(self, operation: Operation, verdict: Verdict, now: float) -> None:
+        """The breaker of `operation` hears what it has come to. O(1)."""
+        breaker = self._guards.get(operation.purpose)
+        if breaker is not None:
+            breaker.hear(operation.round, verdict, now)
+
     def lose(self, operation: Operation) -> None:
         """What `operation` was to fill is LOST until it comes home."""
         if len(operation.target):
@@ -230,4 +263,12 @@ class Operations:
 
     def cancel(self, operation: Operation) -> None:
         """Ask the executor to stop; the operation stays in flight until it answers."""
-        self.outbox.append(Cancel(operation.number))
+        operation.cancelled = True
+        self.outbox.append(Cancel(operation.number, operation.late))
+
+
+def verdict_on(copy: Completion) -> Verdict:
+    """What the answer to a Copy says of the tier that it was for."""
+    if copy.error is None:
+        return Verdict.GOOD
+    return Verdict.NOTHING if copy.declined else Verdict.BAD

@@ -19,3 +19,6 @@ class Rules:
     prefetch_pages_in_flight_max: int = 65_536
     op_deadline_seconds: float = 30.0
     operations_max: int = 4096
+    breaker_failures: int = 3
+    breaker_base_seconds: float = 1.0
+    breaker_max_seconds: float = 60.0

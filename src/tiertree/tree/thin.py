@@ -12,7 +12,6 @@ from __future__ import annotations
 import numpy as np
 
 from ..types import Slots, Tier
-from .health import Health
 from .node import NOWHERE, Node, located
 from .operation import Operation, Operations, Purpose
 from .partial import DEVICE, HOST, Partial
@@ -22,12 +21,11 @@ from .radix import Radix
 class Thinner:
     """Evicts partial kinds from either in-memory tier. `write_back`: to host before they go."""
 
-    __slots__ = ("_health", "_operations", "_radix", "_write_back")
+    __slots__ = ("_operations", "_radix", "_write_back")
 
-    def __init__(self, radix: Radix, operations: Operations, health: Health, write_back: bool) -> None:
+    def __init__(self, radix: Radix, operations: Operations, write_back: bool) -> None:
         self._radix = radix
         self._operations = operations
-        self._health = health
         self._write_back = write_back
 
     def evict(self, kind: Partial, tier: Tier, count: int, now: float) -> tuple[int, int]:
@@ -80,6 +78,7 @@ class Thinner:
         if pending >= count:
             return 0, pending
         waiting: Node | None = None
+        breaker = self._operations.breakers.to_host
         for node, lane in kind.victims[DEVICE].candidates():
             pages = self._chosen(kind, node, DEVICE, count - freed - pending)
             if not len(pages):
@@ -89,7 +88,7 @@ class Thinner:
                 waiting = node
                 break
             copied = self._copy_out(kind, node, bare, now)
-            if len(bare) and not copied and pending and self._health.well(now):
+            if len(bare) and not copied and pending and breaker.admits(now):
                 waiting = node
                 break
             kind.counters.dropped += len(bare) - copied
@@ -125,7 +124,7 @@ class Thinner:
 
     def _copy_out(self, kind: Partial, node: Node, pages: Slots, now: float) -> int:
         """Start copying as many of the last of `pages` to host as find room there. Returns how many."""
-        if not len(pages) or not self._health.well(now):
+        if not len(pages) or not self._operations.breakers.to_host.admits(now):
             return 0
         radix = self._radix
         hold = radix.hold(node, DEVICE)

@@ -1,0 +1,200 @@
+"""Rules of the tree that hold anyhow in most runs: each is seen here where breaking it shows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from kinds import rules
+from rig import Rig
+
+from tiertree import FULL, MAMBA, SWA, InvariantViolated, Mamba, Refused, Tier, WritePolicy
+from tiertree.components import SlidingWindow
+from tiertree.tree.actions import Copy, Put
+from tiertree.tree.ledger import NODE_FILLING, NODE_READY, Owner
+from tiertree.types import Kind
+
+DEVICE, HOST = Tier.DEVICE, Tier.HOST
+
+
+def kinds_of(*names: Kind) -> list[Any]:
+    return [rules(window=2)[name] for name in names]
+
+
+# -- rules of kinds --------------------------------------------------------------------------------
+
+
+def test_every_state_but_the_last_of_a_node_is_cold() -> None:
+    for count in range(4):
+        pages = np.arange(2, 2 + count)
+        assert Mamba().cold(pages, 9, 1).tolist() == [True] * (count - 1) + [False] * min(count, 1)
+
+
+def test_a_page_of_a_window_is_cold_when_it_is_in_none_worth_keeping() -> None:
+    window = SlidingWindow(window=4)
+    assert window.cold(np.arange(8), 8, 2).tolist() == [True] * 6 + [False] * 2
+
+
+# -- counters --------------------------------------------------------------------------------------
+
+
+def test_nothing_is_counted_before_it_happens_and_everything_once() -> None:
+    rig = Rig(6, 6, 100, kinds=kinds_of(SWA, MAMBA))
+    totals = {"evicted", "dropped", "persisted", "prefetched", "loaded_back", "backups_dropped"}
+    stats = rig.cache.stats()
+    for counts in (stats, *stats.kinds.values()):
+        named = {name: getattr(counts, name) for name in totals if hasattr(counts, name)}
+        assert named
+        assert not any(np.ravel(list(named.values())).tolist()), named
+        assert (counts.device.evicted, counts.host.evicted) == (0, 0)
+    rig.put([1, 2, 3])
+    rig.settle()
+    rig.evict(3, DEVICE)
+    rig.evict(2, HOST)
+    stats = rig.cache.stats()
+    assert (stats.device.evicted, stats.host.evicted) == (3, 2)
+    swa = stats.kinds[SWA]
+    assert (swa.device.evicted, swa.host.evicted) == (2, 2)
+
+
+# -- roots -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [(), (SWA,), (SWA, MAMBA)], ids=len)
+def test_a_namespace_without_pages_is_forgotten(names: tuple[Kind, ...]) -> None:
+    rig = Rig(8, kinds=kinds_of(*names))
+    rig.put([1, 2], "a")
+    rig.put([3, 4, 5], "b")
+    assert list(rig.core.radix.roots) == ["a", "b"]
+    assert rig.evict(2).freed == 2
+    assert list(rig.core.radix.roots) == ["b"]
+    assert rig.evict(8).freed == 3
+    assert not rig.core.radix.roots
+    rig.cache.check()
+    rig.empty_out()
+
+
+# -- check -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tier", [DEVICE, HOST])
+@pytest.mark.parametrize("owner", [Owner.NODE, Owner.OPERATION])
+def test_i12_a_slot_of_a_partial_kind_that_nobody_will_give_back(owner: Owner, tier: Tier) -> None:
+    rig = Rig(4, 4, kinds=kinds_of(SWA))
+    rig.put([1, 2, 3])
+    rig.settle()
+    rig.cache.check()
+    rig.ledger(tier, SWA).take(1, owner)
+    with pytest.raises(InvariantViolated, match=f"I12: {SWA} on {tier.name}: not everything"):
+        rig.cache.check()
+
+
+@pytest.mark.parametrize("kind", [FULL, SWA])
+@pytest.mark.parametrize("tier", [DEVICE, HOST])
+def test_i12_a_page_that_is_filling_though_nothing_is_in_flight(kind: Kind, tier: Tier) -> None:
+    rig = Rig(4, 4, kinds=kinds_of(SWA))
+    rig.put([1, 2, 3])
+    rig.settle()
+    rig.cache.check()
+    book = rig.ledger(tier, kind).book
+    book[np.flatnonzero(book == NODE_READY)[0]] = NODE_FILLING
+    with pytest.raises(InvariantViolated, match=r"I12: .*a slot is FILLING though nothing is in flight"):
+        rig.cache.check()
+
+
+# -- operations ------------------------------------------------------------------------------------
+
+
+def test_with_one_operation_at_most_a_copy_and_a_put_are_under_way() -> None:
+    rig = Rig(4, 4, 10, max_operations=1)
+    rig.put([1])
+    assert (len(rig.running(Copy)), len(rig.running(Put))) == (1, 0)
+    rig.done()
+    rig.put([2])
+    assert (len(rig.running(Copy)), len(rig.running(Put))) == (1, 1)
+    rig.settle()
+    assert rig.storage is not None
+    rig.empty_out()
+
+
+def test_what_a_partial_kind_drops_at_once_is_not_pending() -> None:
+    for policy in (WritePolicy.WRITE_THROUGH, WritePolicy.WRITE_BACK):
+        rig = Rig(4, 4, kinds=kinds_of(SWA), write_policy=policy)
+        rig.put([1, 2, 3])
+        rig.settle()
+        for tier in (HOST, DEVICE):
+            there = rig.ledger(tier, SWA).capacity - rig.free(tier, SWA)
+            done = rig.evict(4, tier, SWA)
+            assert done.freed + done.pending == there
+            assert done.pending == 0 or (tier, policy) == (DEVICE, WritePolicy.WRITE_BACK)
+        rig.settle()
+        rig.empty_out()
+
+
+def test_a_load_back_that_failed_has_no_slots_of_any_kind() -> None:
+    rig = Rig(4, 4, kinds=kinds_of(SWA))
+    rig.put([1, 2, 3])
+    rig.settle()
+    rig.evict(4)
+    lease = rig.lease([1, 2, 3])
+    load = rig.load(lease)
+    assert (len(load.slots), len(load.window(SWA)), len(load.window(FULL))) == (3, 2, 0)
+    rig.failed()
+    assert (len(load.slots), len(load.window(SWA))) == (0, 0)
+    lease.release()
+    rig.empty_out()
+
+
+# -- landing ---------------------------------------------------------------------------------------
+
+
+def test_what_arrives_from_storage_fills_the_holes_of_a_node_that_host_has_in_part() -> None:
+    prompt = [1, 2, 3, 4]
+    rig = Rig(8, 4, 100)
+    rig.put(prompt)
+    rig.settle()
+    rig.cache.clear()
+    lease = rig.lease(prompt)
+    rig.grow(lease, prompt[:2])
+    rig.settle()
+    rig.fetch(prompt)
+    rig.done()
+    rig.grow(lease, prompt)
+    assert rig.map(prompt) == "BBDD"
+    assert rig.core.radix.nodes == 1
+    rig.settle()
+    assert rig.map(prompt) == "BBBB"
+    assert rig.cache.stats().prefetched == 2
+    rig.verify(lease, prompt)
+    lease.release()
+    rig.evict(8)
+    with rig.lease(prompt) as again:
+        rig.load_all(again, prompt)
+    rig.settle()
+    rig.empty_out()
+
+
+# -- candidates ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [(), (SWA, MAMBA)], ids=len)
+def test_heaps_of_candidates_stay_in_proportion_to_what_is_alive(names: tuple[Kind, ...]) -> None:
+    rig = Rig(16, 16, kinds=kinds_of(*names))
+    for tokens in ([1, 2], [1, 3], [4]):
+        rig.put(tokens)
+    rig.settle()
+    for _ in range(300):
+        for tokens in ([1, 2], [1, 3], [4]):
+            rig.look_at(tokens)
+    for owner in (rig.core.radix, *rig.core.radix.partials):
+        for victims in owner.victims:
+            assert len(victims) <= 65 + 2 * victims.live
+    rig.empty_out()
+
+
+def test_a_prefetch_of_what_memory_has_is_refused() -> None:
+    rig = Rig(4, 4, 100)
+    rig.put([1, 2])
+    rig.settle()
+    assert isinstance(rig.cache.prefetch(rig.cache.key([1, 2])), Refused)
