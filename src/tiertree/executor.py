@@ -14,14 +14,14 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from .pools.group import PoolGroup
 from .storage.base import Storage
 from .storage.workers import StorageWorkers, answer
 from .transfer.engine import TransferEngine
-from .transfer.op import Transfer, moves_between
+from .transfer.op import PoolMove, Transfer, moves_between
 from .tree.actions import Action, Cancel, Completion, Copy
 from .types import Kind, Slots, Tier
 
@@ -129,6 +129,18 @@ class Doorbell:
             os.close(self._read)
 
 
+def pool_moves(copy: Copy, pools: Mapping[Tier, PoolGroup | None]) -> tuple[PoolMove, ...]:
+    """What `copy` moves between these pools, sidecars included."""
+    source, target = pools[copy.source], pools[copy.target]
+    assert source is not None
+    assert target is not None
+    return tuple(
+        each
+        for move in copy.moves
+        for each in moves_between(source, target, move.kind, move.source, move.target)
+    )
+
+
 class PoolExecutor:
     """Moves real bytes between pools and to and from a storage backend."""
 
@@ -169,14 +181,7 @@ class PoolExecutor:
             self._workers.submit(action)
 
     def _copy(self, action: Copy) -> None:
-        source, target = self._pools[action.source], self._pools[action.target]
-        assert source is not None
-        assert target is not None
-        moves = tuple(
-            pool_move
-            for move in action.moves
-            for pool_move in moves_between(source, target, move.kind, move.source, move.target)
-        )
+        moves = pool_moves(action, self._pools)
         self._pages[action.op] = sum(len(move.source) for move in action.moves)
         if not self._engine.submit(Transfer(action.op, moves)):
             del self._pages[action.op]

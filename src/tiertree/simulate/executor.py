@@ -16,12 +16,11 @@ import numpy as np
 
 from ..build import make_pools
 from ..config import CacheConfig
-from ..executor import Memory
+from ..executor import Memory, pool_moves
 from ..pools.group import PoolGroup
 from ..storage.base import Storage
 from ..storage.jobs import Job, Way, pool_way, task_of
 from ..transfer.copy import Mover, plan
-from ..transfer.op import moves_between
 from ..tree.actions import Action, Cancel, Completion, Copy, Get, Put
 from ..types import Kind, Slots, Tier
 from .faults import NEVER, Faults
@@ -143,14 +142,7 @@ class SimExecutor:
             self._answer(op, Completion(op, 0, "the transfer queue is full", declined=True))
             return
         fate = self._faults.fate("copy", *names, self._loop.now)
-        source, target = self.pools[action.source], self.pools[action.target]
-        assert source is not None
-        assert target is not None
-        moves = tuple(
-            each
-            for move in action.moves
-            for each in moves_between(source, target, move.kind, move.source, move.target)
-        )
+        moves = pool_moves(action, self.pools)
         movers = {id(move): Mover(move) for move in moves}
         for move in moves:
             spoil = np.full((len(move.target_slots), move.target.page_bytes), JUNK, np.uint8)
