@@ -1,6 +1,6 @@
 """A process that uses a directory of the disk tier from several threads until it is killed.
 
-    python disk_victim.py SOURCES PATH DURABILITY FIRST SEED
+    python disk_victim.py SOURCES PATH CAPACITY DURABILITY FIRST SEED
 
 It writes what it does to its standard output, a line before and a line after each call, so that whoever
 reads it knows what was acknowledged, and what was under way when it died:
@@ -21,7 +21,6 @@ import sys
 import threading
 import types
 
-CAPACITY = 768 << 10
 SEGMENT_BYTES = 16 << 10
 GROUP = 4
 """Pages of one put."""
@@ -89,14 +88,14 @@ def give_up(failure: threading.ExceptHookArgs) -> None:
 
 def main() -> None:
     threading.excepthook = give_up
-    sources, path, durability, first, seed = sys.argv[1:]
+    sources, path, capacity, durability, first, seed = sys.argv[1:]
     package = types.ModuleType("tiertree")
     package.__path__ = [sources]
     sys.modules["tiertree"] = package
     from tiertree.storage.disk import DiskStorage
 
     say("open")
-    storage = DiskStorage(path, CAPACITY, SEGMENT_BYTES, durability)
+    storage = DiskStorage(path, int(capacity), SEGMENT_BYTES, durability)
     say("opened")
     rngs = [random.Random(f"{seed} {i}") for i in range(3)]
     workers = [

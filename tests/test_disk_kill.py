@@ -29,6 +29,13 @@ RISK_BYTES = 4 * (victim.SEGMENT_BYTES + victim.PAGE_BYTES_MAX)
 
 KILLS = 200
 
+TIGHT, ROOMY = 768 << 10, 1 << 30
+"""The capacities of a directory, by turns: with the one pages are evicted all the time, with the other
+never, so there every page that was acknowledged must be found."""
+
+TURN = 4
+"""Kills with one capacity before it is the other's turn."""
+
 
 @dataclass
 class Ledger:
@@ -88,8 +95,9 @@ class Ledger:
                 self.maybe.discard(number)
                 self.sure[number] = None
 
-    def compare(self, storage: DiskStorage) -> None:
-        """Hold a directory to what was said, and take what it has for what there is from now on."""
+    def compare(self, storage: DiskStorage, risk_bytes: int) -> None:
+        """Hold a directory to what was said, and take what it has for what there is from now on. So many
+        bytes of its oldest pages may have gone without a word."""
         keys = storage.keys()
         found = {victim.number_of(key): key for key in keys}
         assert set(found) <= set(self.sure) | self.maybe | self.damaged, "a page was resurrected"
@@ -104,8 +112,8 @@ class Ledger:
                 hits.append(number)
         lost = [number for number in self.sure if number not in found]
         lost_bytes = sum(len(victim.content_of(number)) for number in lost)
-        assert lost_bytes <= self.risk_bytes, f"{lost_bytes} bytes of acknowledged pages are gone: {lost}"
-        newest = list(self.sure)[-len(self.sure) // 3 :] if lost else []
+        assert lost_bytes <= risk_bytes, f"{lost_bytes} bytes of acknowledged pages are gone: {lost}"
+        newest = list(self.sure)[-len(self.sure) // 3 :] if risk_bytes < ROOMY else []
         order = {number: i for i, number in enumerate(self.sure)}
         where = f"of {len(self.sure)} pages these, counted from the oldest: {sorted(order[n] for n in lost)}"
         assert not set(newest) & set(lost), f"pages went that were not the oldest: {where}"
@@ -123,13 +131,22 @@ def used(path: Path) -> int:
     return sum(file.stat().st_size for file in path.iterdir()) if path.exists() else 0
 
 
-def kill_one(path: Path, durability: str, first: int, rng: random.Random, opening: bool) -> list[str]:
-    """Start a victim, kill it somewhere (or while it opens), and return what it has said."""
+def kill_one(path: Path, capacity: int, first: int, rng: random.Random) -> list[str]:
+    """Start a victim, kill it somewhere, now and then while it opens, and return what it has said."""
     sources = str(Path(tiertree.__file__).parent)
-    command = [sys.executable, victim.__file__, sources, str(path), durability, str(first)]
-    command.append(str(rng.randrange(1 << 32)))
+    durability, seed = rng.choice(("none", "batch")), str(rng.randrange(1 << 32))
+    command = [
+        sys.executable,
+        victim.__file__,
+        sources,
+        str(path),
+        str(capacity),
+        durability,
+        str(first),
+        seed,
+    ]
     lines: list[str] = []
-    until = 1 if opening else rng.randrange(2, 150)
+    until = 1 if rng.random() < 0.25 else rng.randrange(2, 150)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -144,27 +161,34 @@ def kill_one(path: Path, durability: str, first: int, rng: random.Random, openin
     return lines
 
 
+def look(path: Path, capacity: int, ledger: Ledger, rng: random.Random, risk_bytes: int) -> None:
+    """Open the directory, compare, and close it."""
+    storage = DiskStorage(path, capacity, victim.SEGMENT_BYTES, rng.choice(("none", "batch")))
+    assert storage.stats().bytes == used(path)
+    assert not [name for name in os.listdir(path) if name.endswith(".tmp")]
+    ledger.compare(storage, risk_bytes)
+    storage.close()
+
+
 def kill_many(path: Path, kills: int, seed: int) -> str:
     """Kill so many processes that use the directory `path`; returns figures."""
     rng = random.Random(seed)
     ledger = Ledger()
     count: Counter[str] = Counter()
     for number in range(kills):
-        durability, opening = rng.choice(("none", "batch")), rng.random() < 0.25
-        lines = kill_one(path, durability, number << 20, rng, opening)
+        capacity = (TIGHT, ROOMY)[number // TURN % 2]
+        if number % TURN == 0 and number:
+            look(path, capacity, ledger, rng, ROOMY)  # what does not fit any more has gone
+        lines = kill_one(path, capacity, number << 20, rng)
         count["at work" if any(line.startswith("opened") for line in lines) else "while opening"] += 1
         count["puts"] += sum(line.startswith("s") for line in lines)
         count["evicted"] += sum(len(line.split()) - 2 for line in lines if line.startswith("s"))
         count["cleared"] += sum(line.startswith("C") for line in lines)
-        assert used(path) <= victim.CAPACITY
+        assert used(path) <= capacity
         ledger.hear(lines)
-        if rng.random() < 0.7 or number == kills - 1:
-            storage = DiskStorage(path, victim.CAPACITY, victim.SEGMENT_BYTES, rng.choice(("none", "batch")))
-            assert storage.stats().bytes == used(path)
-            assert not [name for name in os.listdir(path) if name.endswith(".tmp")]
-            ledger.compare(storage)
+        if rng.random() < 0.7 or number % TURN == TURN - 1 or number == kills - 1:
+            look(path, capacity, ledger, rng, ledger.risk_bytes if capacity == TIGHT else 0)
             count["pages verified"] += len(ledger.sure)
-            storage.close()
     return f"{kills} kills, seed {seed}: " + ", ".join(f"{n} {kind}" for kind, n in sorted(count.items()))
 
 

@@ -329,6 +329,21 @@ def test_clearing_a_storage_that_hangs_costs_one_thread_however_often() -> None:
         assert storage.calls == 2
 
 
+def test_a_storage_that_hangs_in_clear_leaves_the_next_one_alone() -> None:
+    hung, well = Mute(), KeyStorage(4)
+    hung.open.clear()
+    with PrefixCache(CacheConfig(device=DeviceConfig(size=4), host=HostConfig(size=4))) as cache:
+        cache.attach_storage(hung)
+        with pytest.raises(StorageError, match="not cleared within"):
+            cache.clear_storage(deadline_s=0.02)
+        cache.detach_storage()
+        cache.attach_storage(well)
+        well.put([bytes(48)], [memoryview(b"")])
+        cache.clear_storage()
+        assert well.keys() == []
+        hung.open.set()
+
+
 def test_what_is_run_aside_raises_here_what_it_raises_in_time() -> None:
     def fail() -> None:
         raise ValueError("no")

@@ -74,6 +74,20 @@ def test_counters_start_at_nothing_and_count_what_happened() -> None:
     storage.close()
 
 
+def test_keys_are_those_of_the_pages_that_are_there() -> None:
+    disk = FakeDisk()
+    storage = open_storage(disk)
+    assert storage.keys() == []
+    write(storage, 1, 2, 3, length=300)
+    rot(disk, storage, 2)
+    assert read(storage, 2, 300)[0] is Got.CORRUPT
+    assert sorted(storage.keys()) == sorted([page_key(1), page_key(3)])
+    storage.close()
+    storage = open_storage(disk)
+    assert sorted(storage.keys()) == sorted([page_key(1), page_key(3)])
+    storage.close()
+
+
 # -- headers ---------------------------------------------------------------------------------------
 
 
@@ -206,3 +220,26 @@ def test_a_page_that_rots_before_another_round_is_counted_and_goes() -> None:
 def test_any_buffer_is_seen_as_its_bytes(buffer: Any) -> None:
     view = flat(buffer)
     assert (view.format, view.ndim, len(view), bytes(view)) == ("B", 1, 4, b"abcd")
+
+
+# -- segments --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [700, 784, 785, 1000])
+def test_a_segment_is_no_longer_than_it_may_be_however_often_it_is_reopened(length: int) -> None:
+    """Records up to the limit, and the footer behind it: whether one session wrote them, or one each."""
+    shapes = []
+    for sessions in (1, 9):
+        disk = FakeDisk()
+        for session in range(sessions):
+            storage = open_storage(disk)
+            for number in range(9):
+                if sessions == 1 or number == session:
+                    assert write(storage, number, length=length) == (Wrote.STORED,)
+            storage.close()
+        sizes = [size for name, size in sorted(disk.listing(PATH).items()) if fmt.segment_number(name)]
+        shapes.append(sizes)
+        records = [(size - fmt.SEGMENT_OVERHEAD_BYTES) // (128 + length + 64) for size in sizes]
+        assert all(64 + count * (128 + length) <= 4096 for count in records)
+        assert sum(records) == 9
+    assert shapes[0] == shapes[1]

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from kinds import rules
+from kinds import each_set, rules
 from rig import Rig
 
-from tiertree import FULL, MAMBA, SWA, InvariantViolated, Mamba, Refused, Tier, WritePolicy
+from tiertree import (
+    FULL,
+    MAMBA,
+    SWA,
+    InvalidTokens,
+    InvariantViolated,
+    Mamba,
+    Refused,
+    StaleMatch,
+    Tier,
+    WritePolicy,
+)
 from tiertree.components import SlidingWindow
 from tiertree.tree.actions import Copy, Put
+from tiertree.tree.check import structure
 from tiertree.tree.ledger import NODE_FILLING, NODE_READY, Owner
 from tiertree.types import Kind
 
@@ -58,12 +72,23 @@ def test_nothing_is_counted_before_it_happens_and_everything_once() -> None:
     assert (swa.device.evicted, swa.host.evicted) == (2, 2)
 
 
+def test_an_operation_that_fails_is_counted_once() -> None:
+    rig = Rig(4, 4, 10)
+    rig.put([1, 2])
+    rig.failed()
+    assert rig.cache.stats().failed_operations == 1
+    rig.put([3])
+    rig.settle()
+    assert rig.cache.stats().failed_operations == 1
+
+
 # -- roots -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("events", [False, True])
 @pytest.mark.parametrize("names", [(), (SWA,), (SWA, MAMBA)], ids=len)
-def test_a_namespace_without_pages_is_forgotten(names: tuple[Kind, ...]) -> None:
-    rig = Rig(8, kinds=kinds_of(*names))
+def test_a_namespace_without_pages_is_forgotten(names: tuple[Kind, ...], events: bool) -> None:
+    rig = Rig(8, kinds=kinds_of(*names), events=events)
     rig.put([1, 2], "a")
     rig.put([3, 4, 5], "b")
     assert list(rig.core.radix.roots) == ["a", "b"]
@@ -73,6 +98,67 @@ def test_a_namespace_without_pages_is_forgotten(names: tuple[Kind, ...]) -> None
     assert not rig.core.radix.roots
     rig.cache.check()
     rig.empty_out()
+
+
+def wander(rig: Rig, rng: random.Random) -> None:
+    """One step of somebody who puts, leases, looks, evicts and clears as it comes."""
+    tokens = [rng.randrange(2) for _ in range(rng.randrange(1, 6))]
+    space = rng.choice(["", "", "tenant"])
+    kinds = [FULL, *rig.kinds]
+    match rng.randrange(8):
+        case 0 | 1 | 2:
+            for kind in kinds:
+                rig.evict(
+                    len(tokens) - rig.free(kind=kind) if len(tokens) > rig.free(kind=kind) else 0, kind=kind
+                )
+            if min(rig.free(kind=kind) for kind in kinds) >= len(tokens):
+                rig.put(tokens, space)
+        case 3 | 4:
+            rig.evict(rng.randrange(1, 5), kind=rng.choice(kinds))
+        case 5:
+            rig.look_at(tokens, space)
+        case 6:
+            rig.lease(tokens, space)
+            if len(rig.core.leases) > 2:
+                rng.choice(list(rig.core.leases.values())).release()
+        case 7 if not rng.randrange(8):
+            rig.cache.clear(rng.choice([None, "", "tenant"]))
+
+
+@each_set
+def test_a_tree_on_device_alone_that_nobody_listens_to_keeps_its_books(kinds: tuple[Kind, ...]) -> None:
+    """Where there is neither host nor events whole leaves go in one step, with all that kinds have there."""
+    for seed in range(4):
+        for names in ((), kinds):
+            rng = random.Random(seed)
+            rig = Rig(8, kinds=kinds_of(*names), events=False)
+            for step in range(60):
+                wander(rig, rng)
+                try:
+                    rig.cache.check()
+                except InvariantViolated as error:
+                    error.add_note(f"seed {seed}, step {step}")
+                    raise
+            for lease in list(rig.core.leases.values()):
+                lease.release()
+            assert rig.cache.stats().device.evicted > 20, seed
+            rig.empty_out()
+
+
+def test_of_leaves_that_go_in_one_step_every_page_is_counted() -> None:
+    rig = Rig(6, kinds=kinds_of(SWA, MAMBA), events=False)
+    rig.put([1, 2, 3])
+    rig.put([1, 2, 4])
+    version = rig.core.radix.version
+    assert rig.evict(1).freed == 1
+    assert rig.core.radix.version > version
+    rig.evict(6)
+    stats = rig.cache.stats()
+    assert (stats.nodes, stats.device.evicted, stats.device.free) == (0, 4, 6)
+    assert [(stats.kinds[kind].device.free, stats.kinds[kind].device.evicted) for kind in (SWA, MAMBA)] == [
+        (6, 3),
+        (6, 2),
+    ]
 
 
 # -- check -----------------------------------------------------------------------------------------
@@ -101,6 +187,55 @@ def test_i12_a_page_that_is_filling_though_nothing_is_in_flight(kind: Kind, tier
     book[np.flatnonzero(book == NODE_READY)[0]] = NODE_FILLING
     with pytest.raises(InvariantViolated, match=r"I12: .*a slot is FILLING though nothing is in flight"):
         rig.cache.check()
+
+
+@pytest.mark.parametrize("wrong", ["pages", "edge", "detached"])
+def test_i1_a_node_that_is_empty_torn_or_detached(wrong: str) -> None:
+    rig = Rig(4)
+    rig.put([1, 2])
+    end = rig.cache.peek(rig.cache.key([1, 2])).end
+    assert end is not None
+    if wrong == "pages":
+        end.pages, end.end = 0, 0
+    elif wrong == "edge":
+        end.edge += b"\0"
+    else:
+        end.detached = True
+    assert "is empty, torn or detached" in "\n".join(structure(rig.core))
+
+
+# -- versions ---------------------------------------------------------------------------------------
+
+
+def test_every_change_makes_every_match_of_before_stale() -> None:
+    rig = Rig(6, 6, 100, kinds=kinds_of(SWA))
+    rig.put([1, 2, 3])
+    rig.settle()
+    changes: list[Callable[[], Any]] = [
+        lambda: rig.put([1, 2, 4]),
+        lambda: rig.evict(1),
+        lambda: rig.evict(1, kind=SWA),
+        lambda: rig.evict(1, HOST),
+        lambda: rig.evict(1, HOST, kind=SWA),
+        lambda: rig.put([5]),
+        rig.cache.clear,
+    ]
+    matches = []
+    for change in changes:
+        matches.append(rig.cache.match(rig.cache.key([1, 2, 3])))
+        change()
+        for match in matches:
+            with pytest.raises(StaleMatch):
+                rig.cache.acquire(match)
+        rig.settle()
+
+
+def test_a_bigram_is_made_of_two_tokens_that_fit_into_it() -> None:
+    rig = Rig(4, unit_bits=64, bigram=True)
+    assert rig.cache.key([2**31 - 1, 2**31 - 1]).pages == 1
+    for tokens in ([2**31, 1], [1, 2**31], [2**32, 1]):
+        with pytest.raises(InvalidTokens, match=f"not in 0..{2**31 - 1}"):
+            rig.cache.key(tokens)
 
 
 # -- operations ------------------------------------------------------------------------------------

@@ -141,6 +141,7 @@ class Lifecycle:
     def _attach(self, storage: Storage, owned: bool) -> None:
         assert self._driver is not None
         self._storage, self._owns_storage, self._gauge = storage, owned, Gauge(storage)
+        self._clearing = Aside()
         self._driver.executor.attach(storage)
         self._core.attach_storage(True)
 

@@ -190,13 +190,9 @@ class Engine:
         self._private_copies(request, lease)
         if lease.memory_boundary > lease.device_boundary:
             deadline = self.plan.allocate_s
-            load = self._call(self._room_s(), lambda: cache.load_back(lease, deadline))
+            load = self._call(deadline, lambda: cache.load_back(lease, deadline))
             if isinstance(load, LoadBack):
                 request.load, request.load_began = load, self._loop.now
-
-    def _room_s(self) -> float:
-        """How long a load-back may take to make room: for each kind in turn."""
-        return self.plan.allocate_s * (1 + len(self.plan.config.kinds))
 
     def _private_copies(self, request: Request, lease: Lease) -> None:
         """An engine that goes on from a cached state writes to a copy of it."""
