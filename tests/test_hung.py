@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 
 import pytest
 from workers_support import Desk, page_hash, span
 
 from tiertree import (
+    CacheClosed,
     CacheConfig,
     DeviceConfig,
     HostConfig,
@@ -19,7 +22,9 @@ from tiertree import (
     PrefixCache,
     Refused,
     StopRule,
+    StorageConfig,
     StorageError,
+    Tier,
 )
 from tiertree.driver import Aside
 from tiertree.storage import gauge, workers
@@ -344,12 +349,45 @@ def test_a_storage_that_hangs_in_clear_leaves_the_next_one_alone() -> None:
         hung.open.set()
 
 
-def test_what_is_run_aside_raises_here_what_it_raises_in_time() -> None:
-    def fail() -> None:
-        raise ValueError("no")
+def test_a_storage_that_cannot_be_closed_or_cleared_leaves_nothing_half_done(tmp_path: Path) -> None:
+    layout = KVLayout(layers=1, kv_heads=1, head_size=4, dtype="float32", page_size=4)
+    disk = StorageConfig(path=str(tmp_path / "d"), size="1MiB")
+    config = CacheConfig(
+        layout=layout,
+        page_size=4,
+        device=DeviceConfig(size=4),
+        host=HostConfig(size=4),
+        storage=disk,
+        events=True,
+    )
+    cache = PrefixCache(config).open()
+    storage = cache._storage
+    assert storage is not None
 
-    with pytest.raises(ValueError, match="no"):
-        Aside().run(WAIT_SECONDS, fail)
+    def fail() -> None:
+        raise OSError("the disk is gone")
+
+    storage.clear = fail  # type: ignore[method-assign]
+    with pytest.raises(StorageError, match="OSError: the disk is gone"):
+        cache.clear_storage()
+    assert [event.medium for event in cache.take_events()] == [Tier.STORAGE]
+    close, storage.close = storage.close, fail  # type: ignore[method-assign]
+    with pytest.raises(StorageError, match="OSError: the disk is gone"):
+        cache.close()
+    close()
+    assert cache.device_pools is cache.host_pools is None
+    assert cache.close() == ()
+    with pytest.raises(CacheClosed):
+        cache.match(cache.key([1, 2, 3, 4]))
+
+
+def test_what_is_run_aside_raises_here_what_it_raises_in_time() -> None:
+    def fail(error: BaseException) -> None:
+        raise error
+
+    for error in (ValueError("no"), OSError("no"), SystemExit("no"), StorageError("no")):
+        with pytest.raises(StorageError, match="no"):
+            Aside().run(WAIT_SECONDS, partial(fail, error))
     assert Aside().run(WAIT_SECONDS, lambda: None)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from .executor import Executor
 from .tree.core import Core
-from .types import FULL, Kind, Tier
+from .types import FULL, Kind, StorageError, Tier
 
 WAIT_SECONDS_MAX = 0.1
 """Longest single sleep, so that deadlines of operations are looked at in between."""
@@ -97,9 +97,9 @@ class Aside:
         self._thread: threading.Thread | None = None
 
     def run(self, seconds: float, action: Callable[[], None]) -> bool:
-        """Run `action` for at most `seconds`; returns whether it has ended. What it raised by then is raised
-        here; a thread that has not ended is left. While an earlier action has not ended nothing is
-        started: this one then waits for that, and returns False."""
+        """Run `action` for at most `seconds`; returns whether it has ended. Raises StorageError for whatever
+        it raised by then; a thread that has not ended is left. While an earlier action has not ended nothing
+        is started: this one then waits for that, and returns False."""
         if self._thread is not None and self._thread.is_alive():
             self._thread.join(max(0.0, seconds))
             return False
@@ -115,7 +115,11 @@ class Aside:
         self._thread.start()
         self._thread.join(max(0.0, seconds))
         if raised:
-            raise raised[0]
+            if isinstance(raised[0], StorageError):
+                raise raised[0]
+            raise StorageError(
+                f"the storage backend raised {type(raised[0]).__name__}: {raised[0]}"
+            ) from raised[0]
         return not self._thread.is_alive()
 
 

@@ -76,8 +76,9 @@ class Lifecycle:
 
     def close(self, deadline_s: float = 10.0) -> tuple[int, ...]:
         """Finish what is in flight, for at most `deadline_s` seconds, then stop. Returns the numbers of
-        the operations that were abandoned. The second close does nothing. With debug poison it ends like
-        `check` when somebody has written to a page that nobody owns; all is closed then too."""
+        the operations that were abandoned. The second close does nothing. Raises StorageError when the storage
+        that the cache had opened cannot be closed cleanly; with debug poison it ends like `check` when
+        somebody has written to a page that nobody owns. Everything is closed then too."""
         if self._pid and self._driver is None:
             return ()
         driver, limit = self._enter(), deadline(deadline_s)
@@ -86,16 +87,21 @@ class Lifecycle:
         abandoned = set(self._core.operations.in_flight)
         self._core.attach_storage(False)
         abandoned.update(driver.executor.close(max(0.1, end - self._clock())))
-        if self._owns_storage and self._storage is not None:
-            within(max(0.1, end - self._clock()), self._storage.close)
-        self._driver = self.device_pools = self.host_pools = None
+        try:
+            if self._owns_storage and self._storage is not None:
+                within(max(0.1, end - self._clock()), self._storage.close)
+        finally:
+            self._driver = self.device_pools = self.host_pools = None
+            self._stop_poison()
+        return tuple(sorted(abandoned))
+
+    def _stop_poison(self) -> None:
         poison, self._poison = self._poison, None
         if poison is not None:
             try:
                 poison.check()
             finally:
                 poison.stop()
-        return tuple(sorted(abandoned))
 
     def __enter__(self) -> Self:
         return self.open()
@@ -160,14 +166,16 @@ class Lifecycle:
                 within(max(0.1, end - self._clock()), storage.close)
 
     def clear_storage(self, deadline_s: float = 10.0) -> None:
-        """Forget every page that storage holds. Raises StorageError when none is attached, or when the
-        backend has not done it within `deadline_s` seconds (it may still do it later; while it has not,
+        """Forget every page that storage holds. Raises StorageError when none is attached, when the backend
+        raises, or when it has not done it within `deadline_s` seconds (it may still do it later; while it has not,
         clearing again only waits for that)."""
         driver, limit = self._enter(), deadline(deadline_s)
         if self._storage is None:
             raise StorageError("no storage is attached")
         driver.poll()
-        done = self._clearing.run(limit, self._storage.clear)
-        self._core.storage_cleared()
+        try:
+            done = self._clearing.run(limit, self._storage.clear)
+        finally:
+            self._core.storage_cleared()
         if not done:
             raise StorageError(f"storage was not cleared within {limit} s")
