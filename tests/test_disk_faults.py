@@ -6,6 +6,8 @@ Rot is in test_disk_rot.py, crashes are in test_disk_crash.py, real kills in tes
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -142,6 +144,49 @@ def test_a_child_after_fork_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
         write(storage, 1)
     monkeypatch.undo()
     storage.close()
+
+
+@pytest.mark.parametrize("end", ["close", "kill"])
+def test_a_child_after_fork_holds_neither_the_lock_nor_the_files(tmp_path: Path, end: str) -> None:
+    """Another process opens a directory and forks; it ends, and its child does not."""
+    path = tmp_path / "d"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", FORKING, str(path), end]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        assert child.stdout.readline() == "forked\n"
+        storage = DiskStorage(path, CAPACITY)
+        assert_served(storage, [0, 1])
+        storage.close()
+        child.stdin.close()
+
+
+FORKING = """
+import os, signal, sys, time
+from tiertree.storage.disk import DiskStorage
+from tiertree.testing.conformance import write
+storage = DiskStorage(sys.argv[1], 1 << 20)
+write(storage, 0)
+ready, told = os.pipe()
+if os.fork():
+    os.read(ready, 1)
+    write(storage, 1)
+    if sys.argv[2] == "close":
+        storage.close()
+    else:
+        os.kill(os.getpid(), signal.SIGKILL)
+else:
+    storage.close()
+    os.write(told, b"x")
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(0.01)
+    print("forked", flush=True)
+    sys.stdin.read()
+"""
 
 
 @pytest.mark.parametrize("name", ["FORMAT", "LOCK", "seg-0000000000000001.tts"])

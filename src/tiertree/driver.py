@@ -115,11 +115,10 @@ class Aside:
         self._thread.start()
         self._thread.join(max(0.0, seconds))
         if raised:
-            if isinstance(raised[0], StorageError):
-                raise raised[0]
-            raise StorageError(
-                f"the storage backend raised {type(raised[0]).__name__}: {raised[0]}"
-            ) from raised[0]
+            error = raised[0]
+            if isinstance(error, StorageError):
+                raise error
+            raise StorageError(f"the storage backend raised {type(error).__name__}: {error}") from error
         return not self._thread.is_alive()
 
 

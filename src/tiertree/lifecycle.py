@@ -76,9 +76,9 @@ class Lifecycle:
 
     def close(self, deadline_s: float = 10.0) -> tuple[int, ...]:
         """Finish what is in flight, for at most `deadline_s` seconds, then stop. Returns the numbers of
-        the operations that were abandoned. The second close does nothing. Raises StorageError when the storage
-        that the cache had opened cannot be closed cleanly; with debug poison it ends like `check` when
-        somebody has written to a page that nobody owns. Everything is closed then too."""
+        the operations that were abandoned. The second close does nothing. Raises StorageError when a
+        storage that the cache had opened cannot be closed cleanly; with debug poison it ends like `check`
+        when somebody has written to a page that nobody owns. Everything is closed then too."""
         if self._pid and self._driver is None:
             return ()
         driver, limit = self._enter(), deadline(deadline_s)
@@ -167,8 +167,8 @@ class Lifecycle:
 
     def clear_storage(self, deadline_s: float = 10.0) -> None:
         """Forget every page that storage holds. Raises StorageError when none is attached, when the backend
-        raises, or when it has not done it within `deadline_s` seconds (it may still do it later; while it has not,
-        clearing again only waits for that)."""
+        raises, or when it has not done it within `deadline_s` seconds (it may still do it later; while it
+        has not, clearing again only waits for that)."""
         driver, limit = self._enter(), deadline(deadline_s)
         if self._storage is None:
             raise StorageError("no storage is attached")

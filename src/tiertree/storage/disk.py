@@ -242,7 +242,10 @@ class DiskStorage:
         )
 
     def close(self) -> None:
-        """Seal the active segment and unlock the directory. Idempotent. Reads under way end well."""
+        """Seal the active segment and unlock the directory. Idempotent. Reads under way end well. In a child
+        made by fork it does nothing: the files are the parent's."""
+        if os.getpid() != self._pid:
+            return
         with self._writing:
             if self._closed:
                 return

@@ -39,6 +39,7 @@ class Files:
 
     def close(self, fd: int) -> None:
         """Let go of a descriptor, and of any lock taken through it."""
+        _LOCKED.discard(fd)
         os.close(fd)
 
     def size(self, fd: int) -> int:
@@ -83,7 +84,20 @@ class Files:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+        _LOCKED.add(fd)
         return True
+
+
+def _unlock_in_child() -> None:
+    """A child made by fork shares the locks of its parent, and would keep them when the parent is gone."""
+    for fd in _LOCKED:
+        os.close(fd)
+    _LOCKED.clear()
+
+
+_LOCKED: set[int] = set()
+"""Descriptors that hold a lock."""
+os.register_at_fork(after_in_child=_unlock_in_child)
 
 
 def read_fully(files: Files, fd: int, buffers: Vector, offset: int) -> bool:
