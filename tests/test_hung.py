@@ -32,6 +32,7 @@ from tiertree.storage.base import Buffer, PutResult, StorageStats
 from tiertree.storage.gauge import Gauge
 from tiertree.storage.memory import KeyStorage, MemoryStorage
 from tiertree.storage.workers import StorageWorkers
+from tiertree.testing.faults import Clock
 from tiertree.tree.actions import Put, Query
 from tiertree.types import FULL
 
@@ -93,7 +94,7 @@ def test_a_stuck_worker_is_replaced_and_ends_when_its_call_returns() -> None:
 
 
 def test_stuck_workers_are_replaced_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "STUCK_MAX", 3)
+    monkeypatch.setattr(workers, "LOST_MAX", 3)
     monkeypatch.setattr(StorageWorkers, "_barred", lambda self, job, storage: False)
     storage = Hanging()
     desk = Desk(storage)
@@ -145,6 +146,64 @@ def test_where_many_writes_are_stuck_no_more_are_begun_but_reads_are() -> None:
     ended(1, desk)
     assert desk.workers.stuck == 0
     assert desk.workers.close(WAIT_SECONDS) == ()
+
+
+def test_calls_that_are_stuck_for_long_are_written_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A storage that is well again, and never answers what it was asked before, is used again."""
+    monkeypatch.setattr(workers, "STUCK_MAX", 4)
+    storage = Hanging()
+    desk = Desk(storage)
+    gates = []
+    for page in range(2):
+        gates.append(hang(desk, storage, page))
+        desk.workers.cancel(100 + page, late=True)
+    assert desk.put(span(FULL, [5])).error == workers.BARRED
+    monkeypatch.setattr(workers, "WRITTEN_OFF_SECONDS", 0.0)
+    assert desk.put(span(FULL, [5])).pages == 1
+    monkeypatch.setattr(workers, "LOST_MAX", 2)
+    assert desk.put(span(FULL, [6])).error == workers.BARRED, "but not for ever"
+    for gate in gates:
+        gate.set()
+    ended(1, desk)
+    assert desk.workers.close(WAIT_SECONDS) == ()
+
+
+def test_a_storage_that_hangs_takes_only_the_workers_that_were_in_it() -> None:
+    """What was queued behind them is called back, so that no replacement begins with it."""
+    storage = Hanging()
+    layout = KVLayout(layers=1, kv_heads=1, head_size=4, dtype="float32", page_size=4)
+    config = CacheConfig(
+        layout=layout,
+        page_size=4,
+        device=DeviceConfig(size=64),
+        host=HostConfig(size=64),
+        op_deadline_seconds=1.0,
+        storage_threads=2,
+    )
+    clock = Clock()
+    gate = threading.Event()
+    with PrefixCache(config, clock=clock) as cache:
+        cache.attach_storage(storage)
+        keys = [cache.key([number] * 4) for number in range(12)]
+        hashes = [cache._core.radix.hashes.of_key(key)[0] for key in keys]
+        storage.gates = dict.fromkeys(hashes, gate)
+        for key in keys:
+            slots = cache.allocate(1)
+            assert not isinstance(slots, NoRoom)
+            cache.insert(key, slots)
+            while not cache.stats().persists_dropped and cache.stats().backed_up < 1 + keys.index(key):
+                cache.poll()
+            clock.advance(0.01)
+        for _ in range(2):
+            assert storage.inside.acquire(timeout=WAIT_SECONDS)
+        for _ in range(30):
+            clock.advance(0.05)
+            cache.poll()
+        stats = cache.stats()
+        assert stats.breakers["storage_writes"].opened == 1
+        assert stats.stuck_threads == 2
+        assert stats.persists_dropped + stats.persists_refused == 10, "two are in the storage"
+        gate.set()
 
 
 def test_a_machine_without_threads_to_spare_does_not_hurt_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import struct
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from tiertree.storage.base import Got, Wrote
 from tiertree.storage.disk import DiskStorage
 from tiertree.storage.lock import FIXED_BYTES
 from tiertree.storage.page import flat
+from tiertree.storage.segment import State
 from tiertree.testing.conformance import held, page_content, page_key, read, write
 from tiertree.testing.fakedisk import FakeDisk, FakeFiles, Op
 from tiertree.types import StorageError, StorageLocked
@@ -171,6 +174,19 @@ def test_a_page_that_no_descriptor_is_left_for_is_a_miss_and_stays(monkeypatch: 
     storage.close()
 
 
+def test_more_neighbours_than_the_system_takes_at_once_are_read_in_one_get(tmp_path: Path) -> None:
+    count = 2 * os.sysconf("SC_IOV_MAX") + 1
+    storage = DiskStorage(tmp_path / "d", 1 << 20)
+    keys = [page_key(number) for number in range(count)]
+    assert set(storage.put(keys, [bytes([number % 251]) for number in range(count)]).outcomes) == {
+        Wrote.STORED
+    }
+    into = [memoryview(bytearray(1)) for _ in keys]
+    assert storage.get(keys, into) == [Got.HIT] * count
+    assert [view[0] for view in into] == [number % 251 for number in range(count)]
+    storage.close()
+
+
 # -- quarantine ------------------------------------------------------------------------------------
 
 
@@ -243,3 +259,29 @@ def test_a_segment_is_no_longer_than_it_may_be_however_often_it_is_reopened(leng
         assert all(64 + count * (128 + length) <= 4096 for count in records)
         assert sum(records) == 9
     assert shapes[0] == shapes[1]
+
+
+def test_only_the_last_segment_is_being_written() -> None:
+    storage = open_storage(FakeDisk())
+    write(storage, *range(9), length=700)
+    states = [segment.state for segment in storage._index.segments.values()]
+    assert states == [State.SEALED] * (len(states) - 1) + [State.ACTIVE]
+    assert len(states) > 1
+    storage.close()
+    assert {segment.state for segment in storage._index.segments.values()} == {State.SEALED}
+
+
+@pytest.mark.parametrize("most", [1, 7, 63, 129, 1000])
+def test_short_reads_and_writes_are_gone_on_with(most: int) -> None:
+    disk = FakeDisk()
+    disk.io_bytes_max = most
+    storage = open_storage(disk)
+    assert set(write(storage, *range(6), length=300)) == {Wrote.STORED}
+    storage.close()
+    disk.io_bytes_max = None
+    for limit in (None, most):
+        disk.io_bytes_max = limit
+        storage = open_storage(disk)
+        for number in range(6):
+            assert read(storage, number, 300) == (Got.HIT, bytes(page_content(number, 300)))
+        storage.close()

@@ -25,7 +25,8 @@ from tiertree import (
 )
 from tiertree.components import SlidingWindow
 from tiertree.tree.actions import Copy, Put
-from tiertree.tree.check import structure
+from tiertree.tree.check import device_closed, host_closed, structure
+from tiertree.tree.check_partial import boundaries
 from tiertree.tree.ledger import NODE_FILLING, NODE_READY, Owner
 from tiertree.types import Kind
 
@@ -204,6 +205,35 @@ def test_i1_a_node_that_is_empty_torn_or_detached(wrong: str) -> None:
     assert "is empty, torn or detached" in "\n".join(structure(rig.core))
 
 
+@pytest.mark.parametrize("tier", [DEVICE, HOST])
+def test_i3_and_i4_a_page_on_its_way_behind_one_that_is_not_there(tier: Tier) -> None:
+    rig = Rig(4, 4)
+    rig.put([1, 2, 3])
+    rig.settle()
+    closed = device_closed if tier == DEVICE else host_closed
+    assert not list(closed(rig.core))
+    end = rig.cache.peek(rig.cache.key([1, 2, 3])).end
+    assert end is not None
+    lane = end.lane(tier)
+    assert lane.slots is not None
+    rig.ledger(tier).book[lane.slots[2]] = NODE_FILLING
+    lane.filling = 1
+    assert not list(closed(rig.core))
+    lane.slots[1] = -1
+    assert "behind one that is not there" in "\n".join(closed(rig.core))
+
+
+@pytest.mark.parametrize("page", [0, 1])
+def test_i8_a_window_of_which_a_page_is_not_pinned(page: int) -> None:
+    rig = Rig(4, kinds=kinds_of(SWA))
+    rig.put([1, 2])
+    lease = rig.lease([1, 2])
+    assert sorted(lease.window(SWA).slots.tolist()) == [0, 1]
+    assert not list(boundaries(rig.core))
+    rig.ledger(DEVICE, SWA).pins[lease.window(SWA).slots[page]] = 0
+    assert "not pinned" in "\n".join(boundaries(rig.core))
+
+
 # -- versions ---------------------------------------------------------------------------------------
 
 
@@ -228,6 +258,23 @@ def test_every_change_makes_every_match_of_before_stale() -> None:
             with pytest.raises(StaleMatch):
                 rig.cache.acquire(match)
         rig.settle()
+
+
+def test_a_match_that_starts_an_owed_backup_makes_others_stale() -> None:
+    rig = Rig(6, 6, max_operations=2)
+    rig.put([1])
+    rig.put([2])
+    assert len(rig.running(Copy)) == 1
+    rig.settle()
+    assert (rig.map([1]), rig.map([2])) == ("B", "D")
+    other = rig.cache.match(rig.cache.key([1]))
+    own = rig.cache.match(rig.cache.key([2]))
+    assert len(rig.running(Copy)) == 1
+    rig.cache.acquire(own).release()
+    with pytest.raises(StaleMatch):
+        rig.cache.acquire(other)
+    rig.settle()
+    rig.empty_out()
 
 
 def test_a_bigram_is_made_of_two_tokens_that_fit_into_it() -> None:
@@ -308,6 +355,100 @@ def test_what_arrives_from_storage_fills_the_holes_of_a_node_that_host_has_in_pa
         rig.load_all(again, prompt)
     rig.settle()
     rig.empty_out()
+
+
+def test_what_arrives_from_storage_lands_behind_a_path_of_several_nodes() -> None:
+    prompt = [1, 2, 3, 5, 6]
+    rig = Rig(12, 12, 100)
+    rig.put(prompt)
+    rig.settle()
+    rig.cache.clear()
+    rig.put([1, 2, 3])
+    rig.put([1, 2, 4])
+    rig.settle()
+    assert rig.map(prompt) == "BBB.."
+    fetch = rig.fetch(prompt)
+    rig.settle()
+    assert fetch.landed == 2
+    assert rig.map(prompt) == "BBBHH"
+    rig.empty_out()
+
+
+def test_what_arrives_from_storage_has_no_place_when_the_page_before_it_is_gone() -> None:
+    prompt = [1, 2, 3]
+    rig = Rig(4, 4, 100)
+    rig.put(prompt)
+    rig.settle()
+    rig.evict(2, DEVICE)
+    rig.evict(2, HOST)
+    assert rig.map(prompt) == "B.."
+    fetch = rig.fetch(prompt)
+    rig.done()
+    rig.evict(4, DEVICE)
+    rig.evict(4, HOST)
+    rig.settle()
+    rig.cache.check()
+    assert fetch.landed == 0
+    assert rig.map(prompt) == "..."
+    rig.empty_out()
+
+
+# -- making room under write_back ---------------------------------------------------------------------
+
+
+def test_a_duplicate_that_is_held_does_not_keep_the_others_from_going_first() -> None:
+    rig = Rig(6, 4, write_policy=WritePolicy.WRITE_BACK)
+    for tokens in ([1, 2], [3, 4]):
+        rig.put(tokens)
+    rig.evict(6)
+    rig.settle()
+    rig.evict(6)
+    leases = [rig.lease(tokens) for tokens in ([1, 2], [3, 4])]
+    for lease, tokens in zip(leases, ([1, 2], [3, 4]), strict=True):
+        rig.load_all(lease, tokens)
+    assert (rig.map([1, 2]), rig.map([3, 4])) == ("BB", "BB")
+    leases[1].release()
+    hold = rig.core.radix.hold(leases[0].device_hold.end, HOST)
+    rig.evict(2, HOST)
+    rig.core.radix.unhold(hold)
+    assert (rig.map([1, 2]), rig.map([3, 4])) == ("BB", "DD")
+    leases[0].release()
+    rig.settle()
+    rig.empty_out()
+
+
+def test_a_page_that_is_dropped_takes_every_page_after_it_along() -> None:
+    rig = Rig(4, 4, write_policy=WritePolicy.WRITE_BACK)
+    prompt = [1, 2, 3, 4]
+    rig.put(prompt)
+    rig.evict(3)
+    rig.settle()
+    assert rig.map(prompt) == "DHHH"
+    rig.cache.match(rig.cache.key(prompt[:1]))
+    assert rig.core.radix.nodes == 2
+    for page in range(10, 13):  # three copies fail, and host is left alone
+        rig.put([page])
+        rig.evict(1)
+        rig.failed()
+    assert rig.cache.stats().breakers["copies_to_host"].opened == 1
+    while rig.map(prompt) != "....":
+        assert rig.evict(1).freed == 1
+        rig.cache.check()
+    assert rig.free(HOST) == 4
+    rig.empty_out()
+
+
+def test_a_copy_that_succeeds_begins_the_count_of_failures_anew() -> None:
+    rig = Rig(16, 16)
+    for page, well in enumerate([False, False, True, False, False, True]):
+        rig.put([page])
+        assert rig.running(Copy), page
+        if well:
+            rig.settle()
+        else:
+            rig.failed()
+            rig.cache.evict(1, deadline_s=0)
+    assert rig.cache.stats().breakers["copies_to_host"].opened == 0
 
 
 # -- candidates ------------------------------------------------------------------------------------

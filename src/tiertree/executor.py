@@ -241,8 +241,7 @@ class PoolExecutor:
         abandoned = self._engine.close(deadline_s)
         if self._workers is not None:
             abandoned += self._workers.close(max(0.1, end - time.monotonic()))
-        if not abandoned:
-            self._bell.close()
+        self._bell.close()
         return abandoned
 
 

@@ -55,9 +55,20 @@ def _run(arguments: argparse.Namespace) -> int:
         if (value := getattr(arguments, name)) < least:
             raise ConfigError(f"--{name}: {value} is not allowed; allowed: at least {least}")
     check_writable(arguments.json)
-    if arguments.against_no_storage:
-        return _compare(arguments)
-    return _campaign(arguments)
+    if arguments.trace and arguments.seeds > 1:
+        raise ConfigError("--trace: one run at a time can be shown; allowed: only with --seeds 1")
+    if not arguments.against_no_storage:
+        return _campaign(arguments)
+    for name, given in (
+        ("faults", arguments.faults is not None),
+        ("without", bool(arguments.without)),
+        ("only", arguments.only is not None),
+        ("trace", arguments.trace),
+        ("jobs", arguments.jobs > 1),
+    ):
+        if given:
+            raise ConfigError(f"--{name}: of no effect; allowed: only without --against-no-storage")
+    return _compare(arguments)
 
 
 # -- one world per seed -------------------------------------------------------------------------------
@@ -67,7 +78,7 @@ def _campaign(arguments: argparse.Namespace) -> int:
     from ..simulate.campaign import run_seed, run_seeds
     from ..simulate.plan import draw_plan
 
-    faults = None if arguments.faults is None else _names(arguments.faults)
+    faults = None if arguments.faults is None else _faults(arguments.faults)
     only = None if arguments.only is None else _numbers(arguments.only)
     choice: dict[str, Any] = {
         "requests": arguments.requests,
@@ -99,11 +110,20 @@ def _names(text: str) -> list[str]:
     return [each.strip() for each in text.split(",") if each.strip()]
 
 
+def _faults(text: str) -> list[str]:
+    if not (found := _names(text)):
+        raise ConfigError(f"--faults: {text!r} names nothing; allowed: names, or none, storage, all")
+    return found
+
+
 def _numbers(text: str) -> list[int]:
     try:
-        return [int(each) for each in _names(text)]
+        found = [int(each) for each in _names(text)]
     except ValueError:
-        raise ConfigError(f"--only: {text!r} is not a list of numbers; allowed: as 3,5,8") from None
+        found = []
+    if not found:
+        raise ConfigError(f"--only: {text!r} is not a list of numbers; allowed: as 3,5,8")
+    return found
 
 
 class _Progress:

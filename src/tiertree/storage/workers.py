@@ -8,10 +8,12 @@ The queue is bounded: what does not fit is declined by a Completion with an erro
 fails the operation, and what was done before is still told.
 
 A call that does not return keeps its thread for ever. When such an operation is cancelled because it is
-late, its worker counts as stuck and a replacement is started, up to `STUCK_MAX` of them. Half of these are
-for writes and half for reads: while as many are stuck in one storage, no more of that sort are begun there.
-So a storage that hangs when it is written to can still be read, and one that answers again is used again.
-A stuck worker whose call returns after all is needed no more, and ends.
+late, its worker counts as stuck and a replacement is started. While `STUCK_MAX / 2` calls of one sort, writes
+or reads, are stuck in one storage, no more of that sort are begun there, so one that hangs when it is
+written to can still be read. A call that has been stuck for `WRITTEN_OFF_SECONDS` does not count any more, or
+a storage that is well again but will never answer what it was asked before would not be used again; nor
+is anything begun while `LOST_MAX` workers are stuck. A stuck worker whose call returns after all is needed
+no more, and ends.
 """
 
 from __future__ import annotations
@@ -28,8 +30,10 @@ from .base import Storage
 from .jobs import Job, Ways, bare_way, pool_way, task_of
 
 STUCK_MAX = 16
-"""Stuck workers that are replaced at most."""
-
+"""Workers that may get stuck within WRITTEN_OFF_SECONDS, half of them in writes."""
+WRITTEN_OFF_SECONDS = 600.0
+LOST_MAX = 256
+"""Stuck workers at most, however long ago."""
 
 BARRED = "too many calls of this sort are stuck in storage"
 
@@ -54,8 +58,8 @@ class StorageWorkers:
         self._running: dict[int, tuple[Job, Storage]] = {}
         """Queued, or in the hands of a worker."""
         self._cancelled: set[int] = set()
-        self._stuck: dict[int, tuple[Job, Storage]] = {}
-        """Late, and in the hands of a worker."""
+        self._stuck: dict[int, tuple[Job, Storage, float]] = {}
+        """Late, and in the hands of a worker, and since when."""
         self._change = threading.Condition()
         self._closing = False
         self._started = 0
@@ -126,8 +130,8 @@ class StorageWorkers:
     def _replace(self, op: int) -> None:
         """The worker of `op` is stuck. Where the machine has no thread to spare the next one that gets stuck
         tries again. Holds the lock."""
-        self._stuck[op] = self._running[op]
-        missing = self._wanted + min(len(self._stuck), STUCK_MAX) - len(self._threads)
+        self._stuck[op] = (*self._running[op], time.monotonic())
+        missing = self._wanted + min(len(self._stuck), LOST_MAX) - len(self._threads)
         with contextlib.suppress(RuntimeError):
             for _ in range(0 if self._closing else missing):
                 self._start()
@@ -152,9 +156,15 @@ class StorageWorkers:
     def _barred(self, job: Job, storage: Storage) -> bool:
         """Whether too many workers are stuck in `storage` to begin another job of this sort. Holds the
         lock. O(stuck)."""
-        writes = isinstance(job, Put)
-        same = (isinstance(each, Put) == writes and at is storage for each, at in self._stuck.values())
-        return sum(same) >= STUCK_MAX // 2
+        if not self._stuck:
+            return False
+        writes, since = isinstance(job, Put), time.monotonic() - WRITTEN_OFF_SECONDS
+        same = [
+            each
+            for each, at, when in self._stuck.values()
+            if isinstance(each, Put) == writes and at is storage and when > since
+        ]
+        return len(same) >= STUCK_MAX // 2 or len(self._stuck) >= LOST_MAX
 
     def _too_many(self) -> bool:
         """Whether more workers are free than there should be. Holds the lock."""

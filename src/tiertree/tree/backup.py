@@ -169,6 +169,8 @@ class Backup:
         kept = max(0, min(completion.pages, operation.count))
         if completion.declined:
             self._counters.persists_crowded += operation.count
+        elif operation.cancelled and not operation.late:
+            self._counters.persists_dropped += operation.count - kept
         else:
             self._counters.persists_refused += operation.count - kept
         for part, kept in zip(operation.parts, completion.others, strict=False):

@@ -368,13 +368,20 @@ class Core:
 
     def expire(self, now: float) -> None:
         """Operations past their deadline count as failed; their target slots are LOST until they come
-        home. Then whatever waited for somebody else's arrival is tried again."""
+        home. Then whatever waited for somebody else's arrival is tried again.
+
+        The breakers hear of it first, and of what is late the youngest is cancelled first: so what nobody
+        has begun with is withdrawn before a worker that is stuck gets a replacement, who would."""
         self._now = now
-        for operation in self.operations.overdue(now):
+        late = self.operations.overdue(now)
+        for operation in late:
             self.counters.late_operations += 1
             self.radix.version += 1
             remember(operation, self.radix.hashes, self.leases.values())
             self.operations.hear(operation, Verdict.LATE, now)
+        for operation in reversed(late):
+            self.operations.cancel(operation)
+        for operation in late:
             if operation.purpose in (Purpose.QUERY, Purpose.FETCH):
                 self.fetches.late(operation, now)
             elif operation.purpose is Purpose.PERSIST:

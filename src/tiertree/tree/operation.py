@@ -208,10 +208,17 @@ class Operations:
         self.outbox.append(action)
 
     def hear(self, operation: Operation, verdict: Verdict, now: float) -> None:
-        """The breaker of `operation` hears what it has come to. O(1)."""
+        """The breaker of `operation` hears what it has come to. O(1); when that opens the breaker of a
+        storage, whatever else was begun there is called back, O(in flight)."""
         breaker = self._guards.get(operation.purpose)
-        if breaker is not None:
-            breaker.hear(operation.round, verdict, now)
+        if breaker is None:
+            return
+        opened = breaker.opened
+        breaker.hear(operation.round, verdict, now)
+        if breaker.opened > opened and operation.purpose in STORING:
+            for each in self.in_flight.values():
+                if self._guards.get(each.purpose) is breaker and not each.cancelled:
+                    self.cancel(each)
 
     def lose(self, operation: Operation) -> None:
         """What `operation` was to fill is LOST until it comes home."""
@@ -249,15 +256,14 @@ class Operations:
         )
 
     def overdue(self, now: float) -> list[Operation]:
-        """Operations that pass their deadline with this call; each is told to stop. Deadlines come in
+        """Operations that pass their deadline with this call, for the caller to cancel. Deadlines come in
         the order of starting, so this is O(late + 1)."""
         late: list[Operation] = []
         for operation in self.in_flight.values():
             if operation.deadline > now:
                 break
             if not operation.late and not operation.arrived:
-                operation.late = True
-                self.cancel(operation)
+                operation.late = operation.cancelled = True
                 late.append(operation)
         return late
 
