@@ -275,6 +275,26 @@ def mangle_many(seeds: Sequence[int]) -> Counter[str]:
     return count
 
 
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_rotten_header_costs_its_own_page_alone(closed: bool) -> None:
+    """Whatever dies after it was found: neither the pages behind it go, nor those put since."""
+    disk = FakeDisk()
+    storage = DiskStorage(PATH, 1 << 16, 1 << 14, "batch", FakeFiles(disk))
+    put(storage, 10, 11, 12)
+    place = storage.locate(page_key(11))
+    assert place is not None
+    if closed:
+        storage.close()
+    flip(disk, place[0], 8 * (place[1] - 100))
+    if closed:
+        storage = DiskStorage(PATH, 1 << 16, 1 << 14, "batch", FakeFiles(disk))
+    assert storage.get([page_key(11)], [memoryview(bytearray(700))]) == [Got.CORRUPT]
+    assert put(storage, 13, 14) == (Wrote.STORED, Wrote.STORED)
+    for after in (After.KILLED, After.LOST):
+        again = DiskStorage(PATH, 1 << 16, 1 << 14, "batch", FakeFiles(disk.after_crash(after)))
+        assert again.holds([page_key(n) for n in (10, 11, 12, 13, 14)]) == [True, False, True, True, True]
+
+
 def test_no_mangled_file_is_ever_served() -> None:
     count = mangle_many(range(1500))
     assert min(count["refused"], count["damaged"], count["whole"]) > 50

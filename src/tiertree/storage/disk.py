@@ -296,10 +296,15 @@ class DiskStorage:
 
     def _write_tombstones(self) -> None:
         """A quarantined page must not come back by reopening. One that cannot be written is let go:
-        the page may come back then, and fails its checksum again."""
+        the page may come back then, and fails its checksum again.
+
+        The segment being written gets its footer when a page of it is damaged: if that is the header, what is
+        behind it could not be found without one."""
         dead: dict[bytes, Item] = {}
         while self._quarantined:
             key, segment = self._quarantined.popleft()
+            if segment is self._writer.active:
+                self._writer.seal(durably=True)
             if segment.state is not State.RETIRED:
                 dead[key] = Item(fmt.TOMBSTONE, key, memoryview(b""))
         gone = self._index.missing(dead)

@@ -72,6 +72,7 @@ class Segment:
         "size",
         "state",
         "users",
+        "walkable",
     )
 
     def __init__(self, directory: str, number: int) -> None:
@@ -87,6 +88,8 @@ class Segment:
         self.hits = bytearray()
         self.fd: int | None = None
         self.users = 0
+        self.walkable: bool | None = None
+        """Whether all rows could be found without the footer; None: not looked at since it was written."""
 
     def turn(self, event: str) -> None:
         """Change state; an event that is not in `NEXT` is a bug."""

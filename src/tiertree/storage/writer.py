@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from . import format as fmt
 from .base import Buffer
-from .files import Files, write_fully
+from .files import Files, read_fully, write_fully
 from .index import Appended, Index
 from .page import page_digest
 from .segment import Handles, Segment, State
@@ -160,13 +160,17 @@ class Writer:
         segment.end = self._tail
         return True
 
-    def seal(self) -> None:
-        """Give the active segment its footer. Should that fail, it is scanned when it is opened again."""
+    def seal(self, durably: bool = False) -> None:
+        """Give the active segment its footer, synced if what it holds is and it is to be as durable. Should
+        that fail, it is scanned when it is opened again."""
         if not self.commit() or self.active is None:
             return
         segment = self.active
         if write_footer(self._files, self._fd, segment):
             self._room.settle(segment, segment.end + segment.footer_bytes(), 0)
+            if durably and self._durability is Durability.BATCH:
+                with contextlib.suppress(OSError):
+                    self._files.fdatasync(self._fd)
             self._leave("seal")
         else:
             self._abandon()
@@ -204,13 +208,34 @@ class Writer:
         return True
 
     def _resumable(self, length: int) -> Segment | None:
-        """The last segment of an earlier session, if a record of `length` still fits into it."""
+        """The last segment, sealed earlier, if a record of `length` still fits into it, and if its rows can
+        be found without the footer that resuming it cuts off."""
         segments = self._index.segments
         if not segments:
             return None
         last = segments[next(reversed(segments))]
         fits = last.end + fmt.RECORD_HEADER_BYTES + length <= self._segment_bytes
-        return last if fits and last.state is State.SEALED else None
+        return last if fits and last.state is State.SEALED and self._walkable(last) else None
+
+    def _walkable(self, segment: Segment) -> bool:
+        """Whether every record header is intact. O(records), once until it is resumed."""
+        if segment.walkable is None:
+            header = bytearray(fmt.RECORD_HEADER_BYTES)
+            try:
+                fd = self._handles.acquire(segment)
+                if fd is None:
+                    raise FileNotFoundError(segment.path)
+                try:
+                    segment.walkable = all(
+                        read_fully(self._files, fd, [header], offset)
+                        and fmt.decode_record(bytes(header), segment.number, offset) is not None
+                        for offset in segment.offsets
+                    )
+                finally:
+                    self._handles.release(segment)
+            except OSError:
+                segment.walkable = False
+        return segment.walkable
 
     def _resume(self, segment: Segment) -> None:
         fd = self._handles.acquire(segment)
@@ -223,6 +248,7 @@ class Writer:
             raise
         with self._index.mutex:
             segment.turn("resume")
+        segment.walkable = None
         self._room.settle(segment, segment.end, segment.footer_bytes())
         self.active, self._fd, self._tail = segment, fd, segment.end
 
