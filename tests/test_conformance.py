@@ -100,6 +100,37 @@ class Batches(MemoryStorage):
         return super().get(keys[:100], into[:100]) + [Got.MISS] * len(keys[100:])
 
 
+class HashAlone(MemoryStorage):
+    """Knows a page by its hash, whatever its kind."""
+
+    def put(self, keys: Keys, pages: Pages) -> PutResult:
+        return super().put([each[:32].ljust(48, b"\0") for each in keys], pages)
+
+    def get(self, keys: Keys, into: Pages) -> list[Got]:
+        return super().get([each[:32].ljust(48, b"\0") for each in keys], into)
+
+    def holds(self, keys: Keys) -> list[bool]:
+        return super().holds([each[:32].ljust(48, b"\0") for each in keys])
+
+
+class Cuts(MemoryStorage):
+    """Has 16 bits for the length of a page."""
+
+    def _copy(self, key: bytes, payload: memoryview) -> Any:
+        return super()._copy(key, payload[: 1 << 16])
+
+
+class Scribbles(MemoryStorage):
+    """Leaves a mark in the buffers that it was given."""
+
+    def put(self, keys: Keys, pages: Pages) -> PutResult:
+        result = super().put(keys, pages)
+        for page in pages:
+            if len(page) and not page.readonly:
+                page[0] ^= 1
+        return result
+
+
 class Repeats(MemoryStorage):
     """Fills one buffer where a key repeats."""
 
@@ -280,7 +311,10 @@ BROKEN_STORAGES = [
     (Prefixes, "a page whose length is not that of the buffer is a MISS"),
     (Nothing, "a page of 0 bytes is STORED"),
     (Overruns, "nothing is written outside the buffer"),
-    (Batches, "267 keys of one get are answered each, in order"),
+    (Batches, "2000 keys of one get are answered each, in order"),
+    (HashAlone, "keys that differ in their last bytes alone are keys of different pages"),
+    (Cuts, "a page of 1 MiB is a HIT"),
+    (Scribbles, "put leaves its buffers as they were"),
     (Repeats, "keys that repeat in one get are answered each"),
     (Silent, "every page that is evicted is told"),
     (Chatty, "a page was evicted that was not there, or evicted twice"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-HANG_S = 60.0
+HANG_S = 600.0
 """After how many seconds a check that has not ended counts as hanging. Only a broken one takes so long."""
 
 

@@ -10,9 +10,9 @@ from ...storage.base import HASH_BYTES, Got, Storage, Wrote, storage_key
 PAGE_BYTES = 4096
 
 
-def page_key(number: int) -> bytes:
-    """A storage key as the cache makes them."""
-    return storage_key(hashlib.sha256(number.to_bytes(HASH_BYTES, "little")).digest(), b"conformance")
+def page_key(number: int, descriptor: bytes = b"conformance") -> bytes:
+    """A storage key as the cache makes them: those of one number share their page hash."""
+    return storage_key(hashlib.sha256(number.to_bytes(HASH_BYTES, "little")).digest(), descriptor)
 
 
 @functools.lru_cache(maxsize=2048)

@@ -10,6 +10,8 @@ from ...types import StorageError
 from .pages import PAGE_BYTES, held, page_content, page_key, read, write
 
 _ROUNDS = 30
+_CAPACITY_BYTES = 1 << 19
+"""Of a storage that does not tell its own."""
 _PAUSE_S = 0.0002
 """Between two looks, so that whoever only looks leaves the processor to the others."""
 
@@ -66,7 +68,8 @@ def _put_while_get(storage: Storage) -> None:
 def _evict_while_get(storage: Storage) -> None:
     """Two writers of pages of their own, in room for a third of them, two readers of both's, and one that
     looks at the capacity all the time."""
-    per_writer = 3 * storage.stats().capacity_bytes // PAGE_BYTES // 2
+    capacity = storage.stats().capacity_bytes or _CAPACITY_BYTES
+    per_writer = 3 * capacity // PAGE_BYTES // 2
     ended = threading.Event()
     told: list[list[bytes]] = [[], []]
     stored: list[set[int]] = [set(), set()]
@@ -95,7 +98,7 @@ def _evict_while_get(storage: Storage) -> None:
     def watcher() -> None:
         while not ended.wait(_PAUSE_S):
             stats = storage.stats()
-            assert stats.bytes <= stats.capacity_bytes, "the capacity holds at every moment"
+            assert stats.bytes <= capacity, "the capacity holds at every moment"
 
     _together([lambda: writer(0), lambda: writer(1), reader, reader, watcher])
     gone = [*told[0], *told[1]]
@@ -105,6 +108,26 @@ def _evict_while_get(storage: Storage) -> None:
     kept = {n for n in stored[0] | stored[1] if page_key(n) not in set(gone)}
     assert there == kept, "exactly what was STORED and not told as evicted is there"
     assert storage.stats().pages == len(there), "stats: pages are those that are there"
+
+
+def _clear_while_put(storage: Storage) -> None:
+    def writer() -> None:
+        for number in range(_ROUNDS):
+            write(storage, number, number + 1)
+
+    def clearer() -> None:
+        for number in range(_ROUNDS):
+            storage.clear()
+            assert write(storage, 100 + number) == (Wrote.STORED,), "after clear a page may be put again"
+            assert held(storage, 100 + number) == [True], "what is put after clear has returned is there"
+
+    _together([writer, writer, clearer])
+    numbers = [*range(_ROUNDS + 1), *range(100, 100 + _ROUNDS)]
+    there = [n for n, present in zip(numbers, held(storage, *numbers), strict=True) if present]
+    assert storage.stats().pages == len(there), "stats: pages are those that are there"
+    assert all(read(storage, n) == (Got.HIT, bytes(page_content(n))) for n in there), "what is there is right"
+    storage.clear()
+    assert not any(held(storage, *numbers)), "after clear there is no page"
 
 
 def _close_while_busy(storage: Storage) -> None:
@@ -134,4 +157,9 @@ def _close_while_busy(storage: Storage) -> None:
     raise AssertionError("a call after close should have raised StorageError and did not")
 
 
-CHECKS: tuple[Callable[[Storage], None], ...] = (_put_while_get, _evict_while_get, _close_while_busy)
+CHECKS: tuple[Callable[[Storage], None], ...] = (
+    _put_while_get,
+    _evict_while_get,
+    _clear_while_put,
+    _close_while_busy,
+)
