@@ -63,7 +63,7 @@ AREAS = (
         "ledger tree api api_errors api_insert events executor persist load_back prefetch policies promises "
         "weather faults components kinds kinds_attacks kinds_attacks_room kinds_bytes kinds_errors "
         "kinds_random kinds_tiers hard_case_1 hard_case_2 hard_case_3 hard_case_4 hard_case_5 "
-        "state_machine breaker stuck conformance mutants_tree",
+        "state_machine breaker stuck conformance mutants_tree mutants_room",
     ),
     Area(
         "disk",

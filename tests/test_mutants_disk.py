@@ -19,7 +19,7 @@ from tiertree.storage.page import flat
 from tiertree.storage.segment import State
 from tiertree.testing.conformance import held, page_content, page_key, read, write
 from tiertree.testing.fakedisk import FakeDisk, FakeFiles, Op
-from tiertree.types import StorageError, StorageLocked
+from tiertree.types import ConfigError, StorageError, StorageLocked
 
 PATH = "/d"
 
@@ -57,6 +57,17 @@ def test_the_longest_page_fills_the_capacity_to_the_byte_and_one_more_byte_is_re
     storage = open_storage(disk, capacity, 4096)
     assert read(storage, 2, longest) == (Got.HIT, bytes(page_content(2, longest)))
     storage.close()
+
+
+def test_a_capacity_of_a_block_is_the_least() -> None:
+    with pytest.raises(ConfigError, match="at least 4096"):
+        open_storage(FakeDisk(), 4095, None)
+    storage = open_storage(FakeDisk(), 4096, None)
+    assert write(storage, 1, length=300) == (Wrote.STORED,)
+    storage.close()
+    for segment in (4095, 8193):
+        with pytest.raises(ConfigError, match="must be 4096 to 8192"):
+            open_storage(FakeDisk(), 8192, segment)
 
 
 def test_counters_start_at_nothing_and_count_what_happened() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 from typing import Any
@@ -18,15 +19,13 @@ from tiertree import (
     InvalidTokens,
     InvariantViolated,
     Mamba,
-    Refused,
     StaleMatch,
     Tier,
-    WritePolicy,
 )
 from tiertree.components import SlidingWindow
-from tiertree.tree.actions import Copy, Put
+from tiertree.tree.actions import Copy
 from tiertree.tree.check import device_closed, host_closed, structure
-from tiertree.tree.check_partial import boundaries
+from tiertree.tree.check_partial import _lane, boundaries
 from tiertree.tree.ledger import NODE_FILLING, NODE_READY, Owner
 from tiertree.types import Kind
 
@@ -63,6 +62,8 @@ def test_nothing_is_counted_before_it_happens_and_everything_once() -> None:
         assert named
         assert not any(np.ravel(list(named.values())).tolist()), named
         assert (counts.device.evicted, counts.host.evicted) == (0, 0)
+    gauges = {field.name: getattr(stats, field.name) for field in dataclasses.fields(stats)}
+    assert [name for name, value in gauges.items() if type(value) is int and value] == []
     rig.put([1, 2, 3])
     rig.settle()
     rig.evict(3, DEVICE)
@@ -234,6 +235,29 @@ def test_i8_a_window_of_which_a_page_is_not_pinned(page: int) -> None:
     assert "not pinned" in "\n".join(boundaries(rig.core))
 
 
+@pytest.mark.parametrize("wrong", ["count", "filling", "locks", "below", "slots", "unsaved"])
+@pytest.mark.parametrize("tier", [DEVICE, HOST])
+def test_a_lane_of_a_partial_kind_that_counts_wrongly(tier: Tier, wrong: str) -> None:
+    rig = Rig(4, 4, kinds=kinds_of(SWA))
+    rig.put([1, 2])
+    rig.settle()
+    end = rig.cache.peek(rig.cache.key([1, 2])).end
+    assert end is not None
+    partial, lane = rig.kinds[SWA], rig.lane(end, tier, SWA)
+    assert not list(_lane(partial, end, tier))
+    if wrong == "slots":
+        lane.slots, lane.count = np.full(2, -1, np.int64), 0
+    elif wrong == "unsaved":
+        rig.lane(end, HOST, SWA).slots = None
+        rig.lane(end, HOST, SWA).count = 0
+        end.partial.unsaved = True
+        assert not list(_lane(partial, end, tier))
+        end.partial.unsaved = False
+    else:
+        setattr(lane, wrong, getattr(lane, wrong) + 1)
+    assert bool(list(_lane(partial, end, tier))) == (wrong != "unsaved" or tier == DEVICE)
+
+
 # -- versions ---------------------------------------------------------------------------------------
 
 
@@ -277,200 +301,28 @@ def test_a_match_that_starts_an_owed_backup_makes_others_stale() -> None:
     rig.empty_out()
 
 
+def test_what_arrives_and_what_is_asked_for_makes_matches_stale() -> None:
+    rig = Rig(6, 6, 100)
+    rig.put([1, 2])
+    before = rig.cache.match(rig.cache.key([1, 2]))
+    rig.done()
+    with pytest.raises(StaleMatch):
+        rig.cache.acquire(before)
+    rig.settle()
+    rig.evict(2)
+    lease = rig.lease([1, 2])
+    before = rig.cache.match(rig.cache.key([1, 2]))
+    rig.load(lease)
+    with pytest.raises(StaleMatch):
+        rig.cache.acquire(before)
+    rig.settle()
+    lease.release()
+    rig.empty_out()
+
+
 def test_a_bigram_is_made_of_two_tokens_that_fit_into_it() -> None:
     rig = Rig(4, unit_bits=64, bigram=True)
     assert rig.cache.key([2**31 - 1, 2**31 - 1]).pages == 1
     for tokens in ([2**31, 1], [1, 2**31], [2**32, 1]):
         with pytest.raises(InvalidTokens, match=f"not in 0..{2**31 - 1}"):
             rig.cache.key(tokens)
-
-
-# -- operations ------------------------------------------------------------------------------------
-
-
-def test_with_one_operation_at_most_a_copy_and_a_put_are_under_way() -> None:
-    rig = Rig(4, 4, 10, max_operations=1)
-    rig.put([1])
-    assert (len(rig.running(Copy)), len(rig.running(Put))) == (1, 0)
-    rig.done()
-    rig.put([2])
-    assert (len(rig.running(Copy)), len(rig.running(Put))) == (1, 1)
-    rig.settle()
-    assert rig.storage is not None
-    rig.empty_out()
-
-
-def test_what_a_partial_kind_drops_at_once_is_not_pending() -> None:
-    for policy in (WritePolicy.WRITE_THROUGH, WritePolicy.WRITE_BACK):
-        rig = Rig(4, 4, kinds=kinds_of(SWA), write_policy=policy)
-        rig.put([1, 2, 3])
-        rig.settle()
-        for tier in (HOST, DEVICE):
-            there = rig.ledger(tier, SWA).capacity - rig.free(tier, SWA)
-            done = rig.evict(4, tier, SWA)
-            assert done.freed + done.pending == there
-            assert done.pending == 0 or (tier, policy) == (DEVICE, WritePolicy.WRITE_BACK)
-        rig.settle()
-        rig.empty_out()
-
-
-def test_a_load_back_that_failed_has_no_slots_of_any_kind() -> None:
-    rig = Rig(4, 4, kinds=kinds_of(SWA))
-    rig.put([1, 2, 3])
-    rig.settle()
-    rig.evict(4)
-    lease = rig.lease([1, 2, 3])
-    load = rig.load(lease)
-    assert (len(load.slots), len(load.window(SWA)), len(load.window(FULL))) == (3, 2, 0)
-    rig.failed()
-    assert (len(load.slots), len(load.window(SWA))) == (0, 0)
-    lease.release()
-    rig.empty_out()
-
-
-# -- landing ---------------------------------------------------------------------------------------
-
-
-def test_what_arrives_from_storage_fills_the_holes_of_a_node_that_host_has_in_part() -> None:
-    prompt = [1, 2, 3, 4]
-    rig = Rig(8, 4, 100)
-    rig.put(prompt)
-    rig.settle()
-    rig.cache.clear()
-    lease = rig.lease(prompt)
-    rig.grow(lease, prompt[:2])
-    rig.settle()
-    rig.fetch(prompt)
-    rig.done()
-    rig.grow(lease, prompt)
-    assert rig.map(prompt) == "BBDD"
-    assert rig.core.radix.nodes == 1
-    rig.settle()
-    assert rig.map(prompt) == "BBBB"
-    assert rig.cache.stats().prefetched == 2
-    rig.verify(lease, prompt)
-    lease.release()
-    rig.evict(8)
-    with rig.lease(prompt) as again:
-        rig.load_all(again, prompt)
-    rig.settle()
-    rig.empty_out()
-
-
-def test_what_arrives_from_storage_lands_behind_a_path_of_several_nodes() -> None:
-    prompt = [1, 2, 3, 5, 6]
-    rig = Rig(12, 12, 100)
-    rig.put(prompt)
-    rig.settle()
-    rig.cache.clear()
-    rig.put([1, 2, 3])
-    rig.put([1, 2, 4])
-    rig.settle()
-    assert rig.map(prompt) == "BBB.."
-    fetch = rig.fetch(prompt)
-    rig.settle()
-    assert fetch.landed == 2
-    assert rig.map(prompt) == "BBBHH"
-    rig.empty_out()
-
-
-def test_what_arrives_from_storage_has_no_place_when_the_page_before_it_is_gone() -> None:
-    prompt = [1, 2, 3]
-    rig = Rig(4, 4, 100)
-    rig.put(prompt)
-    rig.settle()
-    rig.evict(2, DEVICE)
-    rig.evict(2, HOST)
-    assert rig.map(prompt) == "B.."
-    fetch = rig.fetch(prompt)
-    rig.done()
-    rig.evict(4, DEVICE)
-    rig.evict(4, HOST)
-    rig.settle()
-    rig.cache.check()
-    assert fetch.landed == 0
-    assert rig.map(prompt) == "..."
-    rig.empty_out()
-
-
-# -- making room under write_back ---------------------------------------------------------------------
-
-
-def test_a_duplicate_that_is_held_does_not_keep_the_others_from_going_first() -> None:
-    rig = Rig(6, 4, write_policy=WritePolicy.WRITE_BACK)
-    for tokens in ([1, 2], [3, 4]):
-        rig.put(tokens)
-    rig.evict(6)
-    rig.settle()
-    rig.evict(6)
-    leases = [rig.lease(tokens) for tokens in ([1, 2], [3, 4])]
-    for lease, tokens in zip(leases, ([1, 2], [3, 4]), strict=True):
-        rig.load_all(lease, tokens)
-    assert (rig.map([1, 2]), rig.map([3, 4])) == ("BB", "BB")
-    leases[1].release()
-    hold = rig.core.radix.hold(leases[0].device_hold.end, HOST)
-    rig.evict(2, HOST)
-    rig.core.radix.unhold(hold)
-    assert (rig.map([1, 2]), rig.map([3, 4])) == ("BB", "DD")
-    leases[0].release()
-    rig.settle()
-    rig.empty_out()
-
-
-def test_a_page_that_is_dropped_takes_every_page_after_it_along() -> None:
-    rig = Rig(4, 4, write_policy=WritePolicy.WRITE_BACK)
-    prompt = [1, 2, 3, 4]
-    rig.put(prompt)
-    rig.evict(3)
-    rig.settle()
-    assert rig.map(prompt) == "DHHH"
-    rig.cache.match(rig.cache.key(prompt[:1]))
-    assert rig.core.radix.nodes == 2
-    for page in range(10, 13):  # three copies fail, and host is left alone
-        rig.put([page])
-        rig.evict(1)
-        rig.failed()
-    assert rig.cache.stats().breakers["copies_to_host"].opened == 1
-    while rig.map(prompt) != "....":
-        assert rig.evict(1).freed == 1
-        rig.cache.check()
-    assert rig.free(HOST) == 4
-    rig.empty_out()
-
-
-def test_a_copy_that_succeeds_begins_the_count_of_failures_anew() -> None:
-    rig = Rig(16, 16)
-    for page, well in enumerate([False, False, True, False, False, True]):
-        rig.put([page])
-        assert rig.running(Copy), page
-        if well:
-            rig.settle()
-        else:
-            rig.failed()
-            rig.cache.evict(1, deadline_s=0)
-    assert rig.cache.stats().breakers["copies_to_host"].opened == 0
-
-
-# -- candidates ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("names", [(), (SWA, MAMBA)], ids=len)
-def test_heaps_of_candidates_stay_in_proportion_to_what_is_alive(names: tuple[Kind, ...]) -> None:
-    rig = Rig(16, 16, kinds=kinds_of(*names))
-    for tokens in ([1, 2], [1, 3], [4]):
-        rig.put(tokens)
-    rig.settle()
-    for _ in range(300):
-        for tokens in ([1, 2], [1, 3], [4]):
-            rig.look_at(tokens)
-    for owner in (rig.core.radix, *rig.core.radix.partials):
-        for victims in owner.victims:
-            assert len(victims) <= 65 + 2 * victims.live
-    rig.empty_out()
-
-
-def test_a_prefetch_of_what_memory_has_is_refused() -> None:
-    rig = Rig(4, 4, 100)
-    rig.put([1, 2])
-    rig.settle()
-    assert isinstance(rig.cache.prefetch(rig.cache.key([1, 2])), Refused)

@@ -23,7 +23,7 @@ from ..tree.insert import Inserted
 from ..tree.lease import Lease
 from ..tree.load import LoadBack, Progress
 from ..tree.prefetch import Prefetch, Stage
-from ..types import FULL, Kind, NoRoom, Refused, Slots
+from ..types import FULL, Kind, NoRoom, Refused, Slots, StopRule
 from .content import Contents
 from .dice import Dice
 from .executor import SimExecutor
@@ -67,7 +67,7 @@ class Engine:
     def adopt(self, cache: PrefixCache, executor: SimExecutor) -> None:
         """Go on with this cache; whoever was served by another one waits again."""
         self.cache, self.executor = cache, executor
-        self.verifier.adopt(cache, executor.device)
+        self.verifier.adopt(executor.device)
         for request in [*self.running, *self.waiting]:
             self._forget(request)
         self.waiting = sorted([*self.waiting, *self.running], key=lambda each: each.number)
@@ -168,9 +168,19 @@ class Engine:
         if landed is not None:
             self.counts["prefetched_pages"] += landed
             request.prefetch = None
-        elif self._loop.now > fetch.started + self._patience_s:
+        elif self._loop.now > fetch.started + self._prefetch_s(fetch):
             raise Found("late prefetch", f"{fetch} of request {ask.number} began at {fetch.started:.3f} s")
         return landed is not None
+
+    def _prefetch_s(self, fetch: Prefetch) -> float:
+        """How long a prefetch may keep a request waiting."""
+        rules = self.plan.config.prefetch
+        if rules.stop_rule is StopRule.WAIT_COMPLETE:
+            return self._patience_s
+        if rules.stop_rule is StopRule.BEST_EFFORT:
+            return 0.0
+        tokens = fetch.wanted * self.plan.page_tokens
+        return rules.base_seconds + rules.per_1024_tokens_seconds * tokens / 1024
 
     def _start(self, request: Request) -> None:
         cache, key, ask = self.cache, request.key, request.ask
@@ -180,6 +190,7 @@ class Engine:
         match = self._call(0.0, lambda: look(prompt))
         lease = self._call(0.0, lambda: cache.acquire(match))
         request.lease, request.layers, request.forgotten = lease, 0, False
+        request.revision = cache.revision
         self._diary.note(
             f"request {ask.number} starts: {lease.device_boundary} {lease.memory_boundary} {prompt.pages}"
         )
@@ -326,8 +337,7 @@ class Engine:
         if lease.device_boundary != draft.first:
             self._give_back(request, draft)
             return True
-        revision = self.cache.revision
-        digests = self._contents.chain(ask.tokens, ask.namespace, revision, draft.stop)
+        digests = self._contents.chain(ask.tokens, ask.namespace, request.revision, draft.stop)
         self._contents.write(self.executor.device, FULL, draft.slots[FULL], digests[draft.first : draft.stop])
         partial = {}
         for kind, pages in draft.pages.items():
@@ -346,6 +356,8 @@ class Engine:
             self._give_back(request, draft)
             self._requeue(request)
             return False
+        if request.revision != self.cache.revision:
+            raise Found("insert", "what old weights have computed is in the cache")
         request.forgotten = False
         self.counts["pages_computed"] += draft.stop - draft.first
         return True

@@ -179,14 +179,15 @@ class SimExecutor:
         def work() -> None:
             if op not in self._open:
                 return
-            self._open[op] = self._run(job, storage)
+            self._open[op] = self._run(job, storage, fate.pause_s)
             if fate.answers_s < NEVER:
-                self._plan(fate.answers_s / 10, lambda: self._finish(op, fate.twice))
+                self._plan(fate.answers_s, lambda: self._finish(op, fate.twice))
 
         if fate.works_s < NEVER:
             self._plan(fate.works_s, work)
 
-    def _run(self, job: Job, storage: Storage) -> Completion:
+    def _run(self, job: Job, storage: Storage, pause_s: float) -> Completion:
+        """Do all of it now, and tell of progress batch by batch."""
         heard: list[Completion] = []
         task = task_of(job, heard.append)
         try:
@@ -195,7 +196,7 @@ class SimExecutor:
         except Exception as raised:
             done = task.broken(raised)
         for at, each in enumerate(heard, 1):
-            self._plan(0.0005 * at, partial(self._tell, each))
+            self._plan(pause_s * at, partial(self._tell, each))
         return done
 
     # -- answers ----------------------------------------------------------------------------------

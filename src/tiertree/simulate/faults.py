@@ -43,6 +43,8 @@ class Fate:
     """When it touches bytes."""
     answers_s: float
     """When it answers; NEVER: when the faults are over."""
+    pause_s: float
+    """Between two batches of a storage call that are told as progress."""
     fails: bool
     twice: bool
 
@@ -88,6 +90,7 @@ class Faults:
         return Fate(
             works_s=works * self._dice.pick((0.3, 1.0), what, "works", *names),
             answers_s=answers,
+            pause_s=usual / 4,
             fails=what == "copy" and self.strikes("copy_error", *names),
             twice=self.strikes(f"{what}_twice", *names),
         )

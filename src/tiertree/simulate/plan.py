@@ -41,6 +41,7 @@ HABITS = (
 )
 """What engines and operators do besides serving requests to their end."""
 
+STOP_RULES = (*(StopRule.TIMEOUT, StopRule.WAIT_COMPLETE) * 2, StopRule.BEST_EFFORT)
 RATES = (0.005, 0.02, 0.1, 0.3)
 PAGE_BYTES = 32
 LONGEST_PAGES = 12
@@ -113,7 +114,7 @@ def draw_plan(
         },
         config=_config(dice, has_host),
         storage=dice.pick(("memory", "disk", "disk"), "storage") if has_host else None,
-        storage_bytes=dice.pick((6_000, 20_000, 200_000), "storage bytes"),
+        storage_bytes=dice.pick((10_000, 50_000, 400_000), "storage bytes"),
         durable=dice.chance(0.5, "durable"),
         arrivals_s=dice.pick((0.002, 0.02, 0.2), "arrivals"),
         running_max=dice.pick((1, 2, 4, 8), "running"),
@@ -177,8 +178,8 @@ def _config(dice: Dice, has_host: bool) -> CacheConfig:
             selective_hits=1 + dice.below(3, "selective hits"),
             prefetch=PrefetchConfig(
                 min_tokens=0,
-                stop_rule=dice.pick((*StopRule, StopRule.WAIT_COMPLETE), "stop rule"),
-                base_seconds=0.5,
+                stop_rule=dice.pick(STOP_RULES, "stop rule"),
+                base_seconds=dice.pick((0.02, 0.1, 0.5), "patience"),
                 max_pages_in_flight=dice.pick((6, 1000), "prefetch pages"),
             ),
             load_back=LoadBackConfig(min_tokens=0, max_pages=dice.pick((None, None, 2), "load back pages")),

@@ -60,8 +60,10 @@ class Request:
     """It does nothing before this time."""
     computed: int = 0
     """Pages computed so far, in a calm world."""
+    revision: str = ""
+    """Of the weights that its lease is of."""
     forgotten: bool = False
-    """Its prefix was cleared: its lease is good for reading alone."""
+    """Its prefix was cleared, or is of old weights: its lease is good for reading alone."""
     ended: float | None = None
 
     @property

@@ -26,6 +26,7 @@ from .executor import SimExecutor
 from .faults import Faults
 from .loop import Diary, Loop
 from .plan import Plan
+from .recovery import recovers
 from .report import RunReport, Violation
 from .request import draw_asks
 from .store import Backend, FaultyStore
@@ -146,6 +147,8 @@ class _World:
 
     def _audit(self, life: _Life) -> None:
         life.cache.check()
+        if self._backend is not None and self._backend.used_bytes > self._plan.storage_bytes:
+            raise Found("bound", f"storage takes {self._backend.used_bytes} bytes")
         revision = life.cache.revision
         for wrong in wrong_in_tree(life.cache._core, life.executor.pools, self._contents, revision):
             raise Found("wrong page", wrong)
@@ -161,14 +164,16 @@ class _World:
                 cache.evict(dice.pick((1, 3, 100), "pages", steps), tier, 0.0, kind)
         if self._does("clear", 20):
             self._clear(cache, dice.pick((None, "", "tenant 0"), "clears", steps))
-        if self._does("invalidate", 40):
-            self._engine.stop_all()
+        if self._does("invalidate", 15):
+            if dice.chance(0.5, "stops", steps):
+                self._engine.stop_all()
+            self._engine.forget(None)
             cache.invalidate(f"weights {steps}")
         if self._does("clear_storage", 40) and self._attached:
             cache.clear_storage()
         if self._does("switch_storage", 30) and self._store is not None:
             self._switch(cache, self._store)
-        if self._does("empty", 20) or (self._plan.calm and steps % CALM_STEPS == 0):
+        if self._does("empty", 3) or (self._plan.calm and steps % CALM_STEPS == 0):
             self._empty(cache)
         if self._does("restart", 50):
             return self._restart(life)
@@ -233,6 +238,8 @@ class _World:
         if core.leases:
             raise Found("leak", f"leases {list(core.leases)} are still out")
         self._audit(life)
+        if self._attached:
+            recovers(self._plan, cache, life.executor, self._loop, self._contents)
         tiers = [Tier.DEVICE] + [Tier.HOST] * (self._plan.config.host is not None)
         pools = [(kind, tier) for kind in (FULL, *core.kinds) for tier in tiers]
         before = -1

@@ -34,6 +34,11 @@ class Backend:
         self.disk = FakeDisk() if kind == "disk" else None
         self.storage = self._open()
 
+    @property
+    def used_bytes(self) -> int:
+        """What the backend takes: of a disk, all files together."""
+        return self.storage.stats().bytes if self.disk is None else self.disk.used_bytes
+
     def _open(self) -> MemoryStorage | DiskStorage:
         if self.disk is None:
             return MemoryStorage(self._capacity)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..cache import PrefixCache
 from ..pools.group import PoolGroup
 from ..tree.load import LoadBack
 from ..types import FULL, Kind, Slots
@@ -29,16 +28,15 @@ class Verifier:
     def __init__(self, contents: Contents, kinds: Sequence[Kind]) -> None:
         self._contents = contents
         self._kinds = kinds
-        self._cache: PrefixCache
         self._device: PoolGroup
 
-    def adopt(self, cache: PrefixCache, device: PoolGroup) -> None:
-        """Go on with this cache, whose device pools these are."""
-        self._cache, self._device = cache, device
+    def adopt(self, device: PoolGroup) -> None:
+        """Go on with a cache whose device pools these are."""
+        self._device = device
 
     def leave(self) -> None:
-        """Let go of the cache."""
-        del self._cache, self._device
+        """Let go of them."""
+        del self._device
 
     def lease(self, request: Request) -> None:
         """Everything that the lease of `request` lets it read. O(pages)."""
@@ -72,4 +70,4 @@ class Verifier:
 
     def _digests(self, request: Request, stop: int) -> list[bytes]:
         ask = request.ask
-        return self._contents.chain(ask.tokens, ask.namespace, self._cache.revision, stop)
+        return self._contents.chain(ask.tokens, ask.namespace, request.revision, stop)
