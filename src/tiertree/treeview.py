@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import cache
@@ -261,7 +262,7 @@ def _ledger(kind: str, tier: Tier, ledger: Ledger) -> LedgerView:
 def read_view(path: str) -> TreeView:
     """The view in the JSON file `path`, at most `FILE_BYTES_MAX` long. Raises ViewError."""
     try:
-        with open(path, "rb") as file:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             data = file.read(FILE_BYTES_MAX + 1)
     except OSError as error:
         raise ViewError(f"{path}: cannot be read: {error.strerror}") from error

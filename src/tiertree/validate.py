@@ -31,10 +31,11 @@ _SHOWN_MAX: Final = 200
 
 def shown(value: object) -> str:
     """`value` as a message says it, in 200 characters at most. Python itself refuses to print an integer of
-    thousands of digits, or lists a thousand deep: of those only the type is said."""
+    thousands of digits, or lists a thousand deep, and a stranger's `__repr__` may do anything: of those only
+    the type is said."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):
+    except Exception:
         text = f"this {type(value).__name__}"
     return text if len(text) <= _SHOWN_MAX else f"{text[: _SHOWN_MAX - 3]}..."
 

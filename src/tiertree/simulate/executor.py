@@ -18,11 +18,13 @@ from ..build import make_pools
 from ..config import CacheConfig
 from ..executor import Memory, pool_moves
 from ..pools.group import PoolGroup
+from ..pools.paged import Pool
 from ..storage.base import Storage
 from ..storage.jobs import Job, Way, pool_way, task_of
 from ..transfer.copy import Mover, plan
 from ..tree.actions import Action, Cancel, Completion, Copy, Get, Put
 from ..types import Kind, Slots, Tier
+from .content import Bytes
 from .faults import NEVER, Faults
 from .loop import Diary, Event, Loop
 
@@ -64,6 +66,8 @@ class SimExecutor:
         self._open: dict[int, Completion | None] = {}
         """Operations not answered yet, and what they will answer as far as it is known."""
         self._cancelled: set[int] = set()
+        self._hidden: dict[int, list[tuple[int, Pool, Slots, Bytes]]] = {}
+        """Of a Get that has read all, what it has not told of yet: from which page of FULL on, and where."""
         self._dead = False
 
     # -- what the cache calls ---------------------------------------------------------------------
@@ -195,9 +199,35 @@ class SimExecutor:
             done = task.completion(error)
         except Exception as raised:
             done = task.broken(raised)
+        if isinstance(job, Get) and heard:
+            self._hide(job, [each.pages for each in heard], done.pages)
         for at, each in enumerate(heard, 1):
             self._plan(pause_s * at, partial(self._tell, each))
         return done
+
+    def _hide(self, job: Get, told: list[int], arrived: int) -> None:
+        """FULL's pages are JUNK until their batch is told: whoever takes them earlier shall see it."""
+        host, full = self.pools[Tier.HOST], job.spans[0]
+        assert host is not None
+        hidden = self._hidden[job.op] = []
+        for low, high in zip([0, *told], [*told, arrived], strict=True):
+            slots = full.slots[low:high]
+            for pool in host[full.kind] if len(slots) else ():
+                bytes_ = np.empty((len(slots), pool.page_bytes), np.uint8)
+                pool.read_pages(slots, bytes_)
+                pool.write_pages(slots, np.full_like(bytes_, JUNK))
+                hidden.append((high, pool, slots, bytes_))
+
+    def _reveal(self, op: int, pages: int) -> None:
+        """The first `pages` pages of a Get are there."""
+        still = []
+        for high, pool, slots, bytes_ in self._hidden.pop(op, []):
+            if high <= pages:
+                pool.write_pages(slots, bytes_)
+            else:
+                still.append((high, pool, slots, bytes_))
+        if still:
+            self._hidden[op] = still
 
     # -- answers ----------------------------------------------------------------------------------
 
@@ -210,6 +240,7 @@ class SimExecutor:
 
     def _tell(self, progress: Completion) -> None:
         if progress.op in self._open:
+            self._reveal(progress.op, progress.pages)
             self._done.append(progress)
 
     def _give_up(self, op: int) -> None:
@@ -219,6 +250,8 @@ class SimExecutor:
     def _answer(self, op: int, completion: Completion) -> None:
         if self._open.pop(op, self) is not self:
             self._layers.pop(op, None)
+            self._reveal(op, completion.pages)
+            self._hidden.pop(op, None)
             self._done.append(completion)
 
     def _cancel(self, op: int) -> None:

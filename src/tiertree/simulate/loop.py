@@ -15,6 +15,8 @@ import heapq
 from collections.abc import Callable
 
 Event = Callable[[], None]
+STILL_MAX = 10_000
+"""Waits in which no time passes, one after another: whoever waits so often does not look at what is there."""
 
 
 class Loop:
@@ -23,6 +25,8 @@ class Loop:
     def __init__(self) -> None:
         self.now = 0.0
         self._planned = 0
+        self._still = 0
+        self._waited_at = -1.0
         self._queues: tuple[list[tuple[float, int, Event]], list[tuple[float, int, Event]]] = ([], [])
 
     def __call__(self) -> float:
@@ -48,6 +52,10 @@ class Loop:
 
     def wait(self, seconds: float, enough: Callable[[], bool]) -> None:
         """Let deeper events happen for `seconds`, or until there are enough."""
+        self._still = self._still + 1 if self.now == self._waited_at else 0
+        self._waited_at = self.now
+        if self._still > STILL_MAX:
+            raise RuntimeError(f"somebody waits for ever at {self.now:.6f} s")
         end, deep = self.now + seconds, self._queues[True]
         while deep and deep[0][0] <= end and not enough():
             self._run(deep)

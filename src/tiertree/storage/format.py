@@ -195,7 +195,10 @@ def decode_trailer(data: bytes, number: int, size: int) -> Trailer | None:
     magic, version, count, own, data_end, check = _TRAILER.unpack(body)
     if magic != TRAILER_MAGIC or version != VERSION or own != number:
         return None
-    if data_end < SEGMENT_HEADER_BYTES or data_end + count * ENTRY_BYTES + TRAILER_BYTES != size:
+    if (
+        data_end < SEGMENT_HEADER_BYTES + count * RECORD_HEADER_BYTES
+        or data_end + count * ENTRY_BYTES + TRAILER_BYTES != size
+    ):
         return None
     return Trailer(count, data_end, check)
 

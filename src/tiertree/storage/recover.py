@@ -13,6 +13,7 @@ Payloads are verified when they are read, as always, so a page that never reache
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 
@@ -51,7 +52,8 @@ class Recovery:
         self.last_number = max((number for number in numbers if sound[number]), default=0)
         for name in names:
             if name.endswith(fmt.TEMPORARY_SUFFIX):
-                self._files.unlink(os.path.join(self._directory, name))
+                with contextlib.suppress(IsADirectoryError):  # not ours: a folder is left alone
+                    self._files.unlink(os.path.join(self._directory, name))
         for number in numbers:
             self._open_segment(number, sound[number])
         if self._durability is Durability.BATCH:

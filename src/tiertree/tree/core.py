@@ -4,8 +4,7 @@
                  actions ─▶ (executor) ─▶ completions ─▶ complete      is told
 
 No torch, thread, file, socket, clock or random number: time enters as `now`, everything it wants done
-leaves through `take_actions`, and everything that was done comes back through `complete`. The same
-calls with the same arguments give the same decisions.
+leaves through `take_actions`, what was done comes back through `complete`. Equal calls decide alike.
 """
 
 from __future__ import annotations
@@ -296,8 +295,7 @@ class Core:
     def clear(self, namespace: str | None, now: float) -> None:
         """Forget every page of `namespace` (None: of all) in memory. Leased and pinned slots go home at
         their last release. O(nodes)."""
-        names = list(self.radix.roots) if namespace is None else [namespace]
-        for name in names:
+        for name in list(self.radix.roots) if namespace is None else [namespace]:
             root = self.radix.roots.pop(name, None)
             if root is not None:
                 self.radix.detach_subtree(root)
@@ -368,10 +366,8 @@ class Core:
 
     def expire(self, now: float) -> None:
         """Operations past their deadline count as failed; their target slots are LOST until they come
-        home. Then whatever waited for somebody else's arrival is tried again.
-
-        The breakers hear of it first, and of what is late the youngest is cancelled first: so what nobody
-        has begun with is withdrawn before a worker that is stuck gets a replacement, who would."""
+        home. Then whatever waited for somebody else's arrival is tried again."""
+        # What nobody has begun with is withdrawn first: a stuck worker gets a replacement, who would.
         self._now = now
         late = self.operations.overdue(now)
         for operation in late:
