@@ -14,7 +14,8 @@
     python tests/mutants.py --sample 500 --seed 1 --jobs 2
 
 The sample takes files in proportion to what can be changed in them, and a few of each. `--again` takes
-those that survived according to an earlier report, to see whether new tests find them.
+those that survived according to an earlier report, to see whether new tests find them. Of a test with many
+parameters a mutant meets a few: what survives the sample may still fall with `--variants 0`.
 """
 
 from __future__ import annotations
@@ -261,9 +262,19 @@ def wanted(options: argparse.Namespace) -> list[Verdict]:
     chosen = sampled(found, options.sample, random.Random(options.seed))
     if options.again:
         before = json.loads(Path(options.again).read_text())["mutants"]
-        alive = {(m["path"], m["before"], m["after"]) for m in before if m["outcome"] == "survived"}
-        chosen = [m for of_file in found.values() for m in of_file if (m.path, m.before, m.after) in alive]
+        chosen = [each for m in before if m["outcome"] == "survived" for each in same(m, found)]
     return [Verdict(mutation, surveys[mutation.path].tests_of(mutation)) for mutation in chosen]
+
+
+def same(mutant: dict[str, Any], found: dict[str, list[Mutation]]) -> list[Mutation]:
+    """That mutant of an earlier report, at the nearest line if the file has changed since; none if it is
+    gone."""
+    alike = [
+        each
+        for each in found.get(mutant["path"], ())
+        if (each.before, each.after) == (mutant["before"], mutant["after"])
+    ]
+    return sorted(alike, key=lambda each: abs(each.line - mutant["line"]))[:1]
 
 
 def main() -> None:

@@ -14,7 +14,10 @@ from tiertree import (
     SWA,
     KindConfig,
     Mamba,
+    Prefetch,
+    PrefetchConfig,
     Refused,
+    StopRule,
     Tier,
     WritePolicy,
 )
@@ -202,23 +205,45 @@ def test_a_prefetch_gets_the_places_of_others_windows_on_host() -> None:
 
 
 def test_a_duplicate_that_is_held_does_not_keep_the_others_from_going_first() -> None:
-    rig = Rig(6, 4, write_policy=WritePolicy.WRITE_BACK)
-    for tokens in ([1, 2], [3, 4]):
+    """Duplicates go before what is on host alone, however long nobody has asked for that."""
+    rig = Rig(8, 6, write_policy=WritePolicy.WRITE_BACK)
+    alone, held, spare = [5, 6], [1, 2], [3, 4]
+    for tokens in (alone, held, spare):
         rig.put(tokens)
     rig.evict(6)
     rig.settle()
-    rig.evict(6)
-    leases = [rig.lease(tokens) for tokens in ([1, 2], [3, 4])]
-    for lease, tokens in zip(leases, ([1, 2], [3, 4]), strict=True):
+    assert rig.map(alone) == rig.map(held) == rig.map(spare) == "HH"
+    leases = [rig.lease(tokens) for tokens in (held, spare)]
+    for lease, tokens in zip(leases, (held, spare), strict=True):
         rig.load_all(lease, tokens)
-    assert (rig.map([1, 2]), rig.map([3, 4])) == ("BB", "BB")
     leases[1].release()
-    hold = rig.core.radix.hold(leases[0].device_hold.end, HOST)
+    assert rig.map(held) == rig.map(spare) == "BB"
+    assert leases[0].device_hold is not None
+    lock = rig.core.radix.hold(leases[0].device_hold.end, HOST)
     rig.evict(2, HOST)
-    rig.core.radix.unhold(hold)
-    assert (rig.map([1, 2]), rig.map([3, 4])) == ("BB", "DD")
+    assert (rig.map(alone), rig.map(held), rig.map(spare)) == ("HH", "BB", "DD")
+    rig.core.radix.unhold(lock)
     leases[0].release()
     rig.settle()
+    rig.empty_out()
+
+
+def test_a_prefetch_that_is_not_worth_it_evicts_nothing() -> None:
+    config = PrefetchConfig(min_tokens=3, stop_rule=StopRule.WAIT_COMPLETE)
+    rig = Rig(8, 4, 100, prefetch=config)
+    rig.put([1, 2, 3, 4])
+    rig.settle()
+    rig.cache.clear()
+    rig.put([1, 2])
+    rig.put([8, 9])
+    rig.settle()
+    before = rig.cache.stats().host
+    assert (before.free, before.evicted) == (0, 0)
+    started = rig.cache.prefetch(rig.cache.key([1, 2, 3, 4, 5]))
+    assert isinstance(started, Prefetch)
+    rig.settle()
+    assert started.landed == 0
+    assert rig.cache.stats().host == before
     rig.empty_out()
 
 

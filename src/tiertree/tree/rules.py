@@ -11,14 +11,14 @@ from ..types import WritePolicy
 class Rules:
     """Everything the tree decides by. Lengths in pages, times in seconds."""
 
-    write_policy: WritePolicy = WritePolicy.WRITE_THROUGH
-    selective_hits: int = 1
-    load_back_pages_min: int = 1
-    load_back_pages_max: int | None = None
-    prefetch_pages_min: int = 1
-    prefetch_pages_in_flight_max: int = 65_536
-    op_deadline_seconds: float = 30.0
-    operations_max: int = 4096
-    breaker_failures: int = 3
-    breaker_base_seconds: float = 1.0
-    breaker_max_seconds: float = 60.0
+    write_policy: WritePolicy
+    selective_hits: int
+    load_back_pages_min: int
+    load_back_pages_max: int | None
+    prefetch_pages_min: int
+    prefetch_pages_in_flight_max: int
+    op_deadline_seconds: float
+    operations_max: int
+    breaker_failures: int
+    breaker_base_seconds: float
+    breaker_max_seconds: float
