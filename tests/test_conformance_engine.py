@@ -93,6 +93,17 @@ class Broken(CpuEngine):
         super().__init__(notify, threads=1, capacity=capacity)
 
 
+class Batches(Broken):
+    """Moves the first 64 pages of a transfer."""
+
+    def submit(self, transfer: Transfer) -> bool:
+        moves = [
+            PoolMove(each.source, each.source_slots[:64], each.target, each.target_slots[:64])
+            for each in transfer.moves
+        ]
+        return super().submit(Transfer(transfer.op, tuple(moves)))
+
+
 class Loses(Broken):
     """One result in five is lost."""
 
@@ -405,6 +416,7 @@ class Hangs(Broken):
 MOVES = "the bytes that arrive are exactly those that were sent"
 ONCE = "exactly one Transferred follows each transfer that was taken"
 BROKEN = [
+    (Batches, "all of 1000 pages of one transfer arrive"),
     (Loses, f"{ONCE}|a transfer that nothing hinders succeeds"),
     (Doubles, f"{ONCE}|poll gives each result once"),
     (Backwards, "poll gives results in order of finishing"),

@@ -10,7 +10,7 @@ import numpy as np
 from ...config import MemoryOrder
 from ...transfer.op import PoolMove, Transfer, Transferred
 from . import engine_time
-from .engine_rig import MAIN, MakeEngine, Tiers, Watched, fill, moved, pages_of, random_bytes
+from .engine_rig import MAIN, STATE, MakeEngine, Tiers, Watched, fill, moved, pages_of, random_bytes
 from .hang import ends
 
 _SOURCES = ((0, 1, 2, 3), (7, 2, 9, 0), (4, 5, 6, 1), (3,))
@@ -55,6 +55,21 @@ def _moves_bytes(watched: Watched, device: str) -> None:
                     where = f"{device_order} and {host_order}, slots {source} to {target}, up: {up}"
                     assert moved(transfer), f"the bytes that arrive are exactly those that were sent: {where}"
                     _leaves_the_rest(tiers, before, transfer, where)
+
+
+def _moves_long_transfers(watched: Watched, device: str) -> None:
+    """More pages in one transfer than any batch of an engine, in no order at all."""
+    pages = 1000
+    tiers = Tiers(device, pages=pages, layouts=(STATE,))
+    random = np.random.default_rng(pages)
+    for op, up in enumerate((True, False)):
+        transfer = tiers.transfer(
+            op, random.permutation(pages).tolist(), random.permutation(pages).tolist(), up
+        )
+        watched.must_take(transfer)
+        watched.finish()
+        assert moved(transfer), f"all of {pages} pages of one transfer arrive"
+    watched.balanced()
 
 
 def _leaves_the_rest(tiers: Tiers, before: list[np.ndarray], transfer: Transfer, where: str) -> None:
@@ -227,6 +242,7 @@ def _many(watched: Watched, device: str, seed: int) -> None:
 
 CHECKS: tuple[Callable[[Watched, str], None], ...] = (
     _moves_bytes,
+    _moves_long_transfers,
     _moves_within_a_pool,
     _moves_nothing,
     _takes_until_full,
