@@ -489,3 +489,17 @@ def test_a_kind_whose_pool_holds_no_window_is_warned_about() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         CacheConfig(device=DeviceConfig(size=8), kinds=(KindConfig(rules=rules, device=4),))
+
+
+def test_storage_without_the_name_of_a_model_is_warned_of(tmp_path: Path) -> None:
+    parts = {
+        "device": DeviceConfig(size=4),
+        "host": HostConfig(size=4),
+        "layout": KVLayout(layers=1, kv_heads=1, head_size=4, page_size=16),
+        "storage": StorageConfig(path=str(tmp_path), size="1MiB"),
+    }
+    with pytest.warns(UserWarning, match=r"^model: is not given"):
+        CacheConfig(**parts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CacheConfig(**parts, model="a model")

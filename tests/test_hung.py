@@ -422,6 +422,7 @@ def test_a_storage_that_cannot_be_closed_or_cleared_leaves_nothing_half_done(tmp
     cache = PrefixCache(config).open()
     storage = cache._storage
     assert storage is not None
+    assert cache.stats().storage_error is None
 
     def fail() -> None:
         raise OSError("the disk is gone")
@@ -430,6 +431,12 @@ def test_a_storage_that_cannot_be_closed_or_cleared_leaves_nothing_half_done(tmp
     with pytest.raises(StorageError, match="OSError: the disk is gone"):
         cache.clear_storage()
     assert [event.medium for event in cache.take_events()] == [Tier.STORAGE]
+    storage.put = lambda keys, pages: fail()  # type: ignore[method-assign,assignment]
+    slots = cache.allocate(1)
+    assert not isinstance(slots, NoRoom)
+    cache.insert(cache.key([1, 2, 3, 4]), slots)
+    assert cache.drain(WAIT_SECONDS)
+    assert cache.stats().storage_error == "OSError: the disk is gone"
     close, storage.close = storage.close, fail  # type: ignore[method-assign]
     with pytest.raises(StorageError, match="OSError: the disk is gone"):
         cache.close()

@@ -309,9 +309,9 @@ class PrefixCache(Lifecycle):
     def stats(self) -> Stats:
         """Counters and gauges. O(capacity), vectorised. Waits for a storage that hangs no longer than half a
         second, once; what it said last is shown meanwhile."""
-        executor, now = self._enter().executor, self._clock()
+        driver, now = self._enter(), self._clock()
         storage = (None, None) if self._gauge is None else self._gauge.read(now)
-        return snapshot(self._core, now, storage, executor.stuck_threads())
+        return snapshot(self._core, now, storage, driver.storage_error, driver.executor.stuck_threads())
 
     def stuck(self) -> tuple[Stuck, ...]:
         """Operations that are past their deadline and have not come home, oldest first: what each was to do,

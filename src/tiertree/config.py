@@ -273,6 +273,12 @@ def _consistent(config: CacheConfig) -> None:
         raise ConfigError("bigram: two 32-bit tokens make a 64-bit unit; allowed: only with unit_bits 64")
     _consistent_layouts(config)
     if config.storage is not None:
+        if not config.model:
+            warnings.warn(
+                "model: is not given, so storage cannot tell pages of one model from those of another with "
+                "the same layout; name the model, and its weights in revision",
+                stacklevel=4,
+            )
         if config.host is None:
             raise ConfigError("storage: pages reach storage through host; allowed: only with a host")
         if config.layout is None:

@@ -34,12 +34,14 @@ class Evicted:
 class Driver:
     """Carries actions and completions between one tree and one executor."""
 
-    __slots__ = ("_clock", "_core", "executor")
+    __slots__ = ("_clock", "_core", "executor", "storage_error")
 
     def __init__(self, core: Core, executor: Executor, clock: Callable[[], float]) -> None:
         self._core = core
         self._clock = clock
         self.executor = executor
+        self.storage_error: str | None = None
+        """What a storage backend raised last."""
 
     def submit(self) -> None:
         """Hand over what the tree wants done."""
@@ -51,6 +53,8 @@ class Driver:
         completions, now = self.executor.poll(), self._clock()
         for completion in completions:
             self._core.complete(completion, now)
+            if completion.broken:
+                self.storage_error = completion.error
         self._core.expire(now)
         self.submit()
         return len(completions)

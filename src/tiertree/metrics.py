@@ -64,7 +64,8 @@ class Stats:
     """A snapshot. Counters run since open; the rest is as of now. `device`, `host` and the counters are
     FULL's; `kinds` are the partial kinds by name; `Counters` says what each counter counts.
 
-    `storage` is what the backend last said of itself, `storage_age_seconds` ago: 0 unless it hangs or
+    `storage_error` is what a call of the backend raised last; None when none ever has. `storage` is what it
+    last said of itself, `storage_age_seconds` ago: 0 unless it hangs or
     fails; both are None without storage, and while it has never answered. `stuck` operations are past
     their deadline and have not come home (see `PrefixCache.stuck`), `stuck_threads` are in a call of
     storage that is late. `breakers`: "copies_to_host", "storage_writes", "storage_reads"."""
@@ -73,6 +74,7 @@ class Stats:
     host: TierStats
     storage: StorageStats | None
     storage_age_seconds: float | None
+    storage_error: str | None
     kinds: dict[str, KindStats]
     nodes: int
     namespaces: int
@@ -146,10 +148,14 @@ def _breaker(breaker: Breaker, now: float) -> BreakerStats:
 
 
 def snapshot(
-    core: Core, now: float, storage: tuple[StorageStats | None, float | None], stuck_threads: int
+    core: Core,
+    now: float,
+    storage: tuple[StorageStats | None, float | None],
+    storage_error: str | None,
+    stuck_threads: int,
 ) -> Stats:
-    """The statistics of `core` at `now`, with what `storage` said and how long ago. O(capacity),
-    vectorised."""
+    """The statistics of `core` at `now`, with what `storage` said and how long ago, and what it raised last.
+    O(capacity), vectorised."""
     counters = asdict(core.counters)
     del counters["evicted"]
     return Stats(
@@ -157,6 +163,7 @@ def snapshot(
         host=_full(core, Tier.HOST),
         storage=storage[0],
         storage_age_seconds=storage[1],
+        storage_error=storage_error,
         kinds={str(kind.kind): _kind(kind) for kind in core.radix.partials},
         nodes=core.radix.nodes,
         namespaces=len(core.radix.roots),

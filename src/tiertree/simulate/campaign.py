@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 
 from .plan import draw_plan
 from .report import Campaign, RunReport
@@ -41,6 +41,10 @@ def _reports(seeds: Sequence[int], run: Callable[[int], RunReport], jobs: int) -
     if jobs == 1:
         yield from map(run, seeds)
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        yield from pool.map(run, seeds, chunksize=4)
+    with multiprocessing.get_context("spawn").Pool(jobs, _leave_interrupts_to_the_parent) as pool:
+        yield from pool.imap(run, seeds, chunksize=4)
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    """Ctrl-C goes to all processes of a terminal; the one that asked ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -73,7 +73,8 @@ class StorageStats:
 
 
 class Storage(Protocol):
-    """One L3 backend. Thread-safe. Raises `StorageError` for what it cannot do at all."""
+    """One L3 backend. Thread-safe. Raises `StorageError` for what it cannot do at all, and, with nothing
+    changed, for lists of unequal length and keys that have not KEY_BYTES bytes."""
 
     def put(self, keys: Sequence[bytes], pages: Sequence[Buffer]) -> PutResult:
         """Store `pages[i]` under `keys[i]`; returns when the backend's durability policy is met.

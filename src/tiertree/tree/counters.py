@@ -38,6 +38,8 @@ class Counters:
     """Pages of any kind that storage had said it holds and then did not bring: evicted there meanwhile,
     damaged, or never there."""
     failed_operations: int = 0
+    """Copies between device and host that brought nothing: failed, late, or behind one that did."""
     late_operations: int = 0
+    """Operations of any kind that have passed their deadline."""
     stray_completions: int = 0
     """Completions that answered no operation in flight."""
