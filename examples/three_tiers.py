@@ -49,6 +49,7 @@ def main() -> None:
     layout = KVLayout(layers=2, kv_heads=2, head_size=16, dtype="float32", page_size=16)
     with tempfile.TemporaryDirectory() as directory:
         config = CacheConfig(
+            model="made-up",
             layout=layout,
             device=DeviceConfig(size=PAGES),  # room for one prompt,
             host=HostConfig(size=2 * PAGES),  # for two,
