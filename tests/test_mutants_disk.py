@@ -187,7 +187,7 @@ def test_a_page_that_no_descriptor_is_left_for_is_a_miss_and_stays(monkeypatch: 
 
 def test_more_neighbours_than_the_system_takes_at_once_are_read_in_one_get(tmp_path: Path) -> None:
     count = 2 * os.sysconf("SC_IOV_MAX") + 1
-    storage = DiskStorage(tmp_path / "d", 1 << 20)
+    storage = DiskStorage(tmp_path / "d", 1 << 20, segment_bytes=1 << 20)
     keys = [page_key(number) for number in range(count)]
     assert set(storage.put(keys, [bytes([number % 251]) for number in range(count)]).outcomes) == {
         Wrote.STORED

@@ -291,8 +291,9 @@ def test_a_match_that_starts_an_owed_backup_makes_others_stale() -> None:
     assert len(rig.running(Copy)) == 1
     rig.settle()
     assert (rig.map([1]), rig.map([2])) == ("B", "D")
-    other = rig.cache.match(rig.cache.key([1]))
+    other, version = rig.cache.match(rig.cache.key([1])), rig.core.radix.version
     own = rig.cache.match(rig.cache.key([2]))
+    assert rig.core.radix.version > version, "versions never go back"
     assert len(rig.running(Copy)) == 1
     rig.cache.acquire(own).release()
     with pytest.raises(StaleMatch):
