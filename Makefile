@@ -11,7 +11,7 @@ SIMULATE_FLAGS ?= --seeds 1000 --jobs 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
-BENCHMARKS := copies disk tree kinds flat replay
+BENCHMARKS := copies disk tree kinds flat replay multiturn
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test lint format bench soak mutants simulate clean
@@ -29,8 +29,8 @@ $(STAMP): pyproject.toml Makefile
 
 venv: $(STAMP)  ## make .venv with everything in it
 
-demo: $(STAMP)  ## replay a made-up workload through three small tiers, live
-	@$(BIN)/tiertree demo
+demo: $(STAMP)  ## chat with a small model: without reuse, with three tiers, after a restart; live
+	@OMP_WAIT_POLICY=passive $(BIN)/tiertree demo
 
 test: $(STAMP)  ## run the tests
 	@OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_FLAGS)

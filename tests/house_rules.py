@@ -16,7 +16,7 @@ LAYERS = (
     *("tree", "policy", "pools", "transfer", "storage"),
     *("events", "metrics", "treeview", "executor", "poison", "driver"),
     *("guard", "build", "lifecycle", "cache"),
-    *("engines", "replay", "testing", "simulate", "server", "cli", "__main__"),
+    *("engines", "replay", "testing", "simulate", "server", "chat", "cli", "__main__"),
 )
 """What stands directly in the package, each allowed to import only itself and what comes before it."""
 

@@ -44,6 +44,8 @@ KEYS = {
     "seconds": float,
 }
 
+ROOT = Path(__file__).resolve().parent.parent
+
 pytestmark = pytest.mark.filterwarnings("error")
 
 
@@ -238,7 +240,12 @@ def started(*arguments: str, folder: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--requests", "30"]])
+THREE_TIERS = "--device-pages 8 --host-pages 8 --disk-pages 64 --bytes real --page-bytes 64"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["replay", str(ROOT / "examples" / "tiny_trace.jsonl"), *THREE_TIERS.split()]]
+)
 def test_output_that_nobody_reads_is_no_traceback(tmp_path: Path, arguments: list[str]) -> None:
     process = started(*arguments, folder=tmp_path)
     assert process.stdout is not None
@@ -251,16 +258,21 @@ def test_output_that_nobody_reads_is_no_traceback(tmp_path: Path, arguments: lis
 
 
 def test_sigterm_leaves_nothing_behind(tmp_path: Path) -> None:
-    process = started("demo", "--requests", "200000", folder=tmp_path)
+    trace, folder = tmp_path / "long.jsonl", tmp_path / "temporary"
+    folder.mkdir()
+    line = {"timestamp": 0, "input_length": 1024, "output_length": 1}
+    lines = (json.dumps({**line, "hash_ids": [2 * each, 2 * each + 1]}) for each in range(30_000))
+    trace.write_text("".join(each + "\n" for each in lines))
+    process = started("replay", str(trace), *THREE_TIERS.split(), folder=folder)
     until = time.monotonic() + 60
-    while not list(tmp_path.glob("tiertree-replay-*/seg-*")):
+    while not list(folder.glob("tiertree-replay-*/seg-*")):
         assert process.poll() is None
         assert time.monotonic() < until
         time.sleep(0.01)
     process.terminate()
     _, said = process.communicate(timeout=60)
-    assert (process.returncode, said) == (143, b"tiertree demo: terminated\n")
-    assert list(tmp_path.iterdir()) == []
+    assert (process.returncode, said) == (143, b"tiertree replay: terminated\n")
+    assert list(folder.iterdir()) == []
 
 
 def test_the_progress_bar_is_for_terminals() -> None:

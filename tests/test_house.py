@@ -36,6 +36,8 @@ BROAD_EXCEPTIONS: dict[str, str] = {
     "simulate/executor.py:SimExecutor._run": "a backend that raises fails its operation",
     "simulate/run.py:simulate": "whatever the cache raises is a violation, which is what the run is for",
     "storage/workers.py:answer": "a backend that raises fails its operation, not the caller",
+    "server/worker.py:Worker._ask.answer": "what the engine raises is the answer to who asked; it is logged",
+    "server/worker.py:Worker._run": "what the engine raised is told to everybody and kept in `error`; logged",
 }
 """Functions ("transfer/cpu.py:CpuEngine._work") that may catch everything and go on → why."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from rig import Rig
 
-from tiertree import LoadBackConfig, Refused, Tier, WritePolicy
+from tiertree import SWA, LoadBackConfig, Refused, SlidingWindow, Tier, WritePolicy
 from tiertree.tree.actions import Copy
 
 PROMPT = [1, 2, 3, 4]
@@ -234,6 +234,41 @@ def test_a_page_computed_while_it_is_loading_is_used_at_once() -> None:
     rig.settle()
     assert load.state == "done"
     rig.verify(lease, PROMPT)
+
+
+def test_its_slots_are_where_its_pages_are_now() -> None:
+    """Somebody else's insert brings pages that are being loaded: their old slots are not theirs any more."""
+    rig = on_host()
+    lease = rig.lease(PROMPT)
+    load = rig.load(lease)
+    before = load.slots.tolist()
+    rig.put(PROMPT[:2])
+    theirs = rig.lease(PROMPT[:2])
+    assert load.slots.tolist() == [*theirs.slots.tolist(), *before[2:]]
+    assert not set(before[:2]) & set(load.slots.tolist())
+    rig.settle()
+    assert (load.state, load.slots.tolist()) == ("done", lease.slots.tolist())
+
+
+def test_so_are_those_of_a_window_and_it_fails_where_one_is_gone() -> None:
+    rig = on_host(kinds=[SlidingWindow(window=2)])
+    rig.cache.evict(8, kind=SWA)
+    lease = rig.lease(PROMPT)
+    assert (lease.device_boundary, lease.memory_boundary) == (0, 4)
+    load = rig.load(lease)
+    before = load.window(SWA).tolist()
+    assert min(before) >= 0
+    rig.put(PROMPT)
+    theirs = rig.lease(PROMPT)
+    now = load.window(SWA).tolist()
+    assert now == theirs.window(SWA).slots.tolist() != before
+    theirs.release()
+    rig.cache.evict(8, deadline_s=0, kind=SWA)
+    assert -1 in load.window(SWA)
+    rig.settle()
+    assert (load.state, len(load.window(SWA)), len(load.slots)) == ("failed", 0, 0)
+    lease.release()
+    rig.empty_out()
 
 
 def test_a_clear_ends_a_load_back() -> None:

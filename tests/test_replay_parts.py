@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from test_replay import BLOCK, random_requests, replayed, requests_of
 
-from tiertree import ConfigError, StorageError, TraceError
-from tiertree.replay import Replay, ReplayOptions, Request, read_trace
+from tiertree import ConfigError, StorageError, TraceError, WritePolicy
+from tiertree.replay import Conversations, Replay, ReplayOptions, Request, conversations, read_trace
 from tiertree.replay.clock import ReplayClock
 from tiertree.replay.paging import Paging
 from tiertree.replay.payload import Payload, layout_of
@@ -232,3 +232,40 @@ def test_a_temporary_directory_is_removed_and_a_named_one_kept(
     assert (kept / "FORMAT").exists()
     with pytest.raises(StorageError, match="holds 4 pages already"):
         replayed(requests, **shape, disk_dir=str(kept))
+
+
+# -- the made-up workload ---------------------------------------------------------------------------
+
+
+def test_the_workload_is_made_of_growing_prompts() -> None:
+    shape = Conversations(requests=300, active=10, system_blocks=3)
+    made = conversations(shape, 16, seed=4)
+    assert made == conversations(shape, 16, seed=4)
+    assert made != conversations(shape, 16, seed=5)
+    assert len(made) == 300
+    assert all(request.blocks[:3] == (0, 1, 2) for request in made)
+    seen: set[tuple[int, ...]] = set()
+    grown = 0
+    for request in made:
+        grown += any(request.blocks[:end] in seen for end in range(4, len(request.blocks)))
+        assert request.blocks not in seen
+        seen.add(request.blocks)
+    assert grown > 200
+
+
+@pytest.mark.parametrize("policy", [WritePolicy.WRITE_THROUGH, WritePolicy.WRITE_BACK])
+def test_a_workload_too_large_for_every_tier_uses_all_of_them(policy: WritePolicy) -> None:
+    options = ReplayOptions(
+        device_pages=256,
+        host_pages=768,
+        disk_pages=4096,
+        write_policy=policy,
+        block_tokens=64,
+        page_bytes=32 << 10,
+    )
+    with Replay(options, conversations(Conversations(requests=700), 64, seed=0)) as replay:
+        report = replay.run()
+        replay.cache.check()
+    assert min(report.tally.hits) > 0
+    assert report.tally.verified == sum(report.tally.hits)
+    assert report.tally.mismatched == 0

@@ -3,9 +3,9 @@
     __init__   the parser, signals, exit statuses        replay, demo, …   one command each: `add(commands)`
     common     what several commands do alike
 
-Exit status: 0 when all is well, 1 when bytes came back wrong (and nobody asked for that) or `fsck` has found
-damage, 2 for files, lines and options that cannot be used and for memory that cannot be had, each with one
-line that names it.
+Exit status: 0 when all is well, 1 when bytes came back wrong (and nobody asked for that), runs of the demo
+answered differently, or `fsck` has found damage, 2 for files, lines and options that cannot be used and for
+memory that cannot be had, each with one line that names it.
 As a shell has it for the signals: 130 when interrupted, 141 when nobody reads the output any more, 143
 when terminated; temporary files are removed then as well.
 
@@ -27,12 +27,11 @@ from importlib import metadata
 from typing import NoReturn
 
 from ..types import ConfigError, StorageError, TraceError, ViewError
-from . import demo, fsck, inspect, replay, simulate
-from .demo import DEMO_REQUESTS
+from . import demo, fsck, inspect, replay, serve, simulate
 
-__all__ = ["COMMANDS", "DEMO_REQUESTS", "INTERRUPTED", "TERMINATED", "UNREAD", "build_parser", "main"]
+__all__ = ["COMMANDS", "INTERRUPTED", "TERMINATED", "UNREAD", "build_parser", "main"]
 
-COMMANDS = (replay, demo, simulate, fsck, inspect)
+COMMANDS = (serve, replay, demo, simulate, fsck, inspect)
 """The files of the commands, in the order of the help text."""
 INTERRUPTED, UNREAD, TERMINATED = (128 + each for each in (signal.SIGINT, signal.SIGPIPE, signal.SIGTERM))
 

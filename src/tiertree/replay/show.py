@@ -1,20 +1,17 @@
-"""What a replay looks like: a progress bar or a live table on a terminal, plain lines elsewhere."""
+"""What a replay looks like: a progress bar on a terminal, tables and sentences at the end."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Self
 
 from rich.console import Console
-from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .report import TIERS, Report, Tally
 
 SECONDS_BETWEEN_LOOKS = 0.1
-LINES = 10
 RATE_SECONDS_MIN = 0.1
 KIND_ROWS = (
     ("on device", "held_pages", "device"),
@@ -58,59 +55,6 @@ class ProgressBar:
     def __call__(self, tally: Tally) -> None:
         if self._due():
             self._bar.update(self._task, completed=tally.requests, ratio=tally.hit_ratio)
-
-
-class LiveHits:
-    """A table of hits by tier that grows as the replay does."""
-
-    def __init__(self, console: Console, requests: int) -> None:
-        self._requests = requests
-        self._live = Live(self._table(Tally()), console=console, auto_refresh=False, transient=True)
-        self._due = _Every(SECONDS_BETWEEN_LOOKS)
-
-    def __enter__(self) -> Self:
-        self._live.start(refresh=True)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._live.stop()
-
-    def __call__(self, tally: Tally) -> None:
-        if self._due():
-            self._live.update(self._table(tally), refresh=True)
-
-    def _table(self, tally: Tally) -> Table:
-        table = Table(title=f"request {tally.requests:,} of {self._requests:,}", title_justify="left")
-        table.add_column("tier")
-        table.add_column("pages hit", justify="right", min_width=9)
-        table.add_column("of all pages", min_width=50)
-        for name, hit, style in zip(TIERS, tally.hits, ("green", "cyan", "magenta"), strict=True):
-            share = hit / max(tally.pages, 1)
-            table.add_row(name, f"{hit:,}", f"[{style}]{'█' * round(40 * share)}[/] {share:.1%}")
-        missed = tally.pages - sum(tally.hits)
-        share = missed / max(tally.pages, 1)
-        table.add_row("computed", f"{missed:,}", f"[dim]{'█' * round(40 * share)}[/] {share:.1%}")
-        return table
-
-
-class Lines:
-    """One line of text after every tenth of the requests."""
-
-    def __init__(self, write: Callable[[str], None], requests: int) -> None:
-        self._write = write
-        self._requests = requests
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def __call__(self, tally: Tally) -> None:
-        done, requests = tally.requests, self._requests
-        if done * LINES // requests != (done - 1) * LINES // requests:
-            hits = "  ".join(f"{name} {hit:6d}" for name, hit in zip(TIERS, tally.hits, strict=True))
-            self._write(f"request {done:5d} of {requests}: {hits}  hit ratio {tally.hit_ratio:.4f}")
 
 
 class _Every:

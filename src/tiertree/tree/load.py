@@ -58,16 +58,19 @@ class LoadBack:
     @property
     def slots(self) -> Slots:
         """Device slots of pages `first .. boundary`, so that a layer can be read as soon as it is there
-        (`PrefixCache.layers_ready`); none once it has FAILED. O(pages)."""
+        (`PrefixCache.layers_ready`); none once it has FAILED. An insert of the same pages by somebody else
+        changes them, so ask again before each forward pass. O(pages)."""
         if self.state is Progress.FAILED:
             return EMPTY
         return slots_of(self.hold.end, DEVICE, self.first, self.pages)
 
     def window(self, kind: Kind) -> Slots:
-        """The same for a partial kind: device slots of what continuing at `boundary` needs of it."""
-        if self.state is Progress.FAILED:
+        """The same for a partial kind: device slots of what continuing at `boundary` needs of it; −1 where
+        somebody else's insert has brought a page that was evicted since: it will fail then."""
+        pins = [each for each in self.pins if each.kind.kind == kind]
+        if self.state is Progress.FAILED or not pins:
             return EMPTY
-        return next((each.slots for each in self.pins if each.kind.kind == kind), EMPTY)
+        return pins[0].kind.on(self.hold.end, DEVICE, pins[0].pages, filling=True)
 
     def __repr__(self) -> str:
         return f"LoadBack({self.state}, pages {self.first} to {self.boundary})"

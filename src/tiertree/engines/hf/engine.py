@@ -1,0 +1,91 @@
+"""`HFEngine`: an engine for one model of transformers, with a cache of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Self
+
+from transformers import PreTrainedModel
+
+from ...cache import PrefixCache
+from ...config import CacheConfig
+from ..engine import Engine
+from ..request import Limits, Request
+from .adapters import Adapters, unwrapped
+from .fingerprint import adapter_digest, fingerprint
+from .runner import HFRunner
+from .sizing import Identity, cache_config, check_fit, filled
+
+_ADAPTED = "lora:"
+_PLAIN = "plain:"
+
+
+class HFEngine(Engine):
+    """Serves `model`, any causal language model of transformers that can be kept in pages, or one that peft
+    has wrapped, over a cache that it opens and closes. `config` may leave out layout, kinds, model and
+    revision, which are read from the model, or come from `cache_config`; None: what that gives by default.
+    Requests are kept within the positions of the model. Raises ConfigError for a config that does not fit,
+    UnsupportedModel for a model that cannot be kept. O(bytes of the weights)."""
+
+    def __init__(
+        self,
+        model: Any,
+        config: CacheConfig | None = None,
+        limits: Limits | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.model: PreTrainedModel = unwrapped(model)
+        known = Identity.of(self.model)
+        self.plan = known.plan
+        if config is None:
+            config = cache_config(self.model)
+        elif config.layout is None:
+            config = filled(known, config)
+        check_fit(known, config)
+        self._adapters = Adapters(self.model)
+        self._digests: dict[str, str] = {}
+        limits = limits or Limits()
+        if (most := self.plan.max_tokens) is not None:
+            limits = replace(limits, max_tokens=min(limits.max_tokens, most))
+        cache = PrefixCache(config, clock=clock).open()
+        try:
+            assert cache.device_pools is not None
+            runner = HFRunner(self.model, self.plan, cache.device_pools, self._adapters)
+            super().__init__(cache, runner, limits, clock)
+        except BaseException:
+            cache.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self, deadline_s: float = 10.0) -> tuple[int, ...]:
+        """End everybody, and close the cache: wait up to `deadline_s` seconds for what is being written.
+        Returns the operations that were abandoned. Idempotent."""
+        self.abort_all()
+        return self.cache.close(deadline_s)
+
+    def scope(self, request: Request) -> str:
+        """See `Engine`: requests with different adapters share nothing, whatever their namespaces."""
+        name, namespace = request.adapter, request.namespace
+        self._adapters.check(name)
+        if name:
+            if name not in self._digests:
+                self._digests[name] = adapter_digest(self._adapters, name)
+            return f"{_ADAPTED}{self._digests[name]}:{namespace}"
+        # What a tenant calls itself never looks like the namespace of an adapter.
+        return f"{_PLAIN}{namespace}" if namespace.startswith((_ADAPTED, _PLAIN)) else namespace
+
+    def weights_changed(self) -> None:
+        """The model's weights, or its adapters', are others than before: never again hit what the old ones
+        computed. Raises RuntimeError while requests are being served. O(bytes of the weights)."""
+        if self.busy:
+            raise RuntimeError("weights_changed: requests are being served; finish or abort them first")
+        self._adapters.refresh()
+        self._digests.clear()
+        self.cache.invalidate(fingerprint(self.model)[1])
