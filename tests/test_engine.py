@@ -69,9 +69,8 @@ def test_twins_are_computed_once(kinds: Any) -> None:
     with Bench(make_config(kinds=kinds)) as bench:
         twins = [bench.submit(prompt(2, 40), 1) for _ in range(2)]
         bench.run()
-        found = 32 if STATE in kinds else 36  # states are saved where chunks end
-        assert [each.cached.device for each in twins] == [0, found]
-        assert bench.runner.computed == 80 - found
+        assert [each.cached.device for each in twins] == [0, 36]
+        assert bench.runner.computed == 80 - 36
 
 
 def test_a_twin_that_cannot_be_loaded_is_computed_and_no_oftener() -> None:

@@ -123,7 +123,7 @@ def test_a_crowd_leaves_nothing_behind(
         "--host-memory",
         "4MiB",
         "--max-waiting",
-        "60",
+        "80",
         "--chunk-tokens",
         "256",
     )

@@ -30,6 +30,8 @@ from .sequence import Sequence as Served
 
 IDLE_SECONDS = 0.02
 """How long `run` sleeps at most when there is nothing to compute."""
+RESTARTS_MAX = 16
+"""How often a request may begin again because what it relied on was lost."""
 STATES_MIN = 3
 """States of one recurrent kind that a request may hold: the one it read, the one it writes, one saved."""
 
@@ -265,8 +267,12 @@ class Engine:
                 self._token(sequence, row)
 
     def _restart(self, sequence: Served) -> None:
+        """What `sequence` relied on is gone: it computes that itself, but not for ever."""
         sequence.may_load = False
+        sequence.restarts += 1
         self._scheduler.requeue(sequence)
+        if sequence.restarts > RESTARTS_MAX:
+            self._end(sequence, Finish.ERROR, f"lost what it relied on {sequence.restarts} times")
 
     def _token(self, sequence: Served, logits: torch.Tensor) -> None:
         """All that is known of `sequence` is computed: choose what comes next, or be done."""

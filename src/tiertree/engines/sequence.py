@@ -115,6 +115,7 @@ class Sequence:
         self.overtaken = 0
         self.starving_since: float | None = None
         self.may_load = True
+        self.restarts = 0
         self.closing = False
         self.done = 0
         self.base = 0
@@ -141,8 +142,8 @@ class Sequence:
 
     @property
     def decoding(self) -> bool:
-        """Whether its next pass computes a single token behind others, all of which are on device."""
-        return self.left == 1 and self.done > 0 and self.load is None
+        """Whether its next pass computes a single token of its answer, behind tokens that are on device."""
+        return self.left == 1 and self.done > 0 and self.load is None and bool(self.reply.tokens)
 
     def key(self, tokens: int) -> Key:
         """The key of its first `tokens` tokens."""
@@ -182,7 +183,7 @@ class Sequence:
             return self.admit(most)
         if self._states:
             grid = max(self._rules[kind].grid(self._page) for kind in self._states) * self._page
-            last = len(self.tokens) // grid * grid
+            last = (len(self.tokens) - 1) // grid * grid
             self._stops = (last, branching)
         lacking = self.ensure(self.chunk(most))
         if lacking is not None:

@@ -70,7 +70,9 @@ class LoadBack:
         pins = [each for each in self.pins if each.kind.kind == kind]
         if self.state is Progress.FAILED or not pins:
             return EMPTY
-        return pins[0].kind.on(self.hold.end, DEVICE, pins[0].pages, filling=True)
+        slots = pins[0].kind.on(self.hold.end, DEVICE, pins[0].pages, filling=True)
+        slots.flags.writeable = False
+        return slots
 
     def __repr__(self) -> str:
         return f"LoadBack({self.state}, pages {self.first} to {self.boundary})"

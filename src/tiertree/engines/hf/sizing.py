@@ -69,9 +69,10 @@ def cache_config(
 ) -> CacheConfig:
     """The configuration of a cache for `model`: layout, kinds, sidecars, model and revision are read from it.
     A size in bytes is that of all kinds together on that tier; one in pages is that of FULL, and the other
-    kinds get as many bytes each, but no more slots. `kinds` stand instead of those of the same name and need
-    no layout. `others` are fields of CacheConfig. Raises ConfigError, UnsupportedModel. O(bytes of the
-    weights)."""
+    kinds get as many bytes each, but no more slots. A window is kept at the ends of conversations; with
+    SlidingWindow(checkpoint_tokens=…) in `kinds` also inside them, for prompts that branch there. `kinds`
+    stand instead of those of the same name and need no layout. `others` are fields of CacheConfig. Raises
+    ConfigError, UnsupportedModel. O(bytes of the weights)."""
     known = Identity.of(model)
     if not isinstance(device, DeviceConfig):
         device = DeviceConfig(size=device, torch_device=str(known.device))
