@@ -13,6 +13,7 @@ from __future__ import annotations
 import select
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
@@ -89,6 +90,7 @@ class Engine:
         check_namespace(scope := self.scope(request))
         if self.waiting >= self.limits.max_waiting:
             raise Overloaded(f"{self.waiting} requests wait already; allowed: {self.limits.max_waiting}")
+        request = replace(request, spans=tuple(each.copy() for each in request.spans))
         reply = Reply(request, self._count, arrived=self.clock())
         self._count += 1
         seed = request.sampling.seed

@@ -73,6 +73,10 @@ class Span:
         """The position after the last one."""
         return self.start + len(self.vectors)
 
+    def copy(self) -> Span:
+        """The same with vectors of its own, that nobody else writes to."""
+        return Span(start=self.start, vectors=self.vectors.detach().clone())
+
     def units(self) -> NDArray[np.int64]:
         """The token units that stand for it in a key: bit 62, which no token has, and 62 bits of a SHA-256
         over the vectors and the place. O(bytes)."""

@@ -31,6 +31,11 @@ class Adapters:
         """See what adapters the model has now. Raises UnsupportedModel."""
         self._configs = dict(getattr(self._model, "peft_config", None) or {})
         self.layers = dict(_tuned(self._model)) if self._configs else {}
+        for place, layer in self.layers.items():
+            if not hasattr(layer, "scaling"):
+                raise UnsupportedModel(
+                    f"adapters: {place} has a {type(layer).__name__}; supported: LoRA and others that scale"
+                )
         if any(layer.merged for layer in self.layers.values()):
             raise UnsupportedModel("adapters: one is merged into the weights; required: unmerge it")
 
@@ -40,8 +45,8 @@ class Adapters:
         return tuple(self._configs)
 
     def check(self, name: str) -> None:
-        """Raise InvalidRequest unless `name` is an adapter or ""."""
-        if name and name not in self._configs:
+        """Raise InvalidRequest unless `name` is an adapter, still, or ""."""
+        if name and not (name in self._configs and name in (getattr(self._model, "peft_config", None) or {})):
             allowed = ", ".join(map(repr, ("", *self._configs)))
             raise InvalidRequest(f"adapter: {name!r} is not known; allowed: {allowed}")
 

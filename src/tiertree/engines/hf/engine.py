@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ...cache import PrefixCache
 from ...config import CacheConfig
+from ...types import ConfigError
 from ..engine import Engine
 from ..request import Limits, Request
 from .adapters import Adapters, unwrapped
@@ -39,6 +40,7 @@ class HFEngine(Engine):
         self.model: PreTrainedModel = unwrapped(model)
         known = Identity.of(self.model)
         self.plan = known.plan
+        self._fingerprint = known.model
         if config is None:
             config = cache_config(self.model)
         elif config.layout is None:
@@ -83,9 +85,14 @@ class HFEngine(Engine):
 
     def weights_changed(self) -> None:
         """The model's weights, or its adapters', are others than before: never again hit what the old ones
-        computed. Raises RuntimeError while requests are being served. O(bytes of the weights)."""
+        computed. What makes a model compute something else beside its weights (its config, its attention
+        kernel) needs a new engine: raises ConfigError if it is another, RuntimeError while requests are being
+        served. O(bytes of the weights)."""
         if self.busy:
             raise RuntimeError("weights_changed: requests are being served; finish or abort them first")
+        model, revision = fingerprint(self.model)
+        if model != self._fingerprint:
+            raise ConfigError("model: its config, dtype or attention kernel is another; make a new engine")
         self._adapters.refresh()
         self._digests.clear()
-        self.cache.invalidate(fingerprint(self.model)[1])
+        self.cache.invalidate(revision)

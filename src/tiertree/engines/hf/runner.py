@@ -45,7 +45,7 @@ class HFRunner:
         if self._model.training:
             raise UnsupportedModel("model: is in training mode; required: model.eval()")
         self._adapters.use(adapter)
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast(self._device.type, enabled=False):
             parts = [self._pass(part) for part in self._together(rows)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
