@@ -5,6 +5,7 @@ TORCH ?= torch==2.13.0
 SOAK_SECONDS ?= 600
 BENCH_FLAGS ?=
 PYTEST_FLAGS ?=
+TEST_JOBS ?= 2
 MUTANTS_FLAGS ?= --sample 500 --seed 1
 SIMULATE_FLAGS ?= --seeds 1000 --jobs 2
 
@@ -33,7 +34,7 @@ demo: $(STAMP)  ## chat with a small model: without reuse, with three tiers, aft
 	@OMP_WAIT_POLICY=passive $(BIN)/tiertree demo
 
 test: $(STAMP)  ## run the tests
-	@OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_FLAGS)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_FLAGS)
 
 lint: $(STAMP)  ## check format, lint and types
 	@$(BIN)/ruff format --check .
