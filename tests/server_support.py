@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import select
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +29,8 @@ from tiertree.server.worker import Worker
 
 SECONDS = 60.0
 """How long anything may take that must happen; far more than it does."""
+START_SECONDS = 5 * SECONDS
+"""The same for a process that has modules and a model to load."""
 
 
 class ScriptRunner:
@@ -161,18 +165,40 @@ class Process:
     def __init__(self, *arguments: str) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         command = [sys.executable, "-m", "tiertree", "serve", "--port", "0", *arguments]
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115  # no pipe, which would fill up
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
+            command, stdout=subprocess.PIPE, stderr=self._said, env=environment, text=True
         )
-        assert self.process.stdout is not None
-        self.first = self.process.stdout.readline()
-        self.url = self.first.removeprefix("listening on ").strip()
+        self.url = ""
+
+    def wait_until_ready(self) -> None:
+        """Wait for its first line, which says where it listens."""
+        out = self.process.stdout
+        assert out is not None
+        assert select.select([out], [], [], START_SECONDS)[0], f"it does not start: {self.said}"
+        self.url = out.readline().removeprefix("listening on ").strip()
+        assert self.url.startswith("http"), self.said
+
+    @property
+    def said(self) -> str:
+        """What it has said on stderr."""
+        return os.pread(self._said.fileno(), 1 << 20, 0).decode()  # the process's own place stays
+
+    def ended(self) -> tuple[int, str]:
+        """Wait for its end. Returns its exit status and what it said on stderr."""
+        return self.process.wait(SECONDS), self.said
 
     def end(self) -> tuple[int, str]:
         """Terminate it. Returns its exit status and what it said on stderr."""
         self.process.terminate()
-        _, said = self.process.communicate(timeout=SECONDS)
-        return self.process.returncode, said
+        return self.ended()
+
+    def kill(self) -> None:
+        """Be rid of it."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+        self._said.close()
 
 
 @contextmanager
@@ -181,9 +207,7 @@ def serving(*arguments: str, disk: Path | None = None) -> Iterator[Process]:
     where = () if disk is None else ("--disk", str(disk), "--disk-size", "64MiB")
     process = Process("--device-memory", "4MiB", "--host-memory", "16MiB", *where, *arguments)
     try:
-        assert process.url.startswith("http"), process.process.communicate(timeout=SECONDS)[1]
+        process.wait_until_ready()
         yield process
     finally:
-        if process.process.poll() is None:
-            process.process.kill()
-        process.process.communicate()
+        process.kill()

@@ -218,7 +218,7 @@ def post(server: Running, body: Any, path: str = "completions") -> httpx.Respons
         ({"prompt": "x", "stop_token_ids": [512]}, "stop_token_ids", "invalid_value"),
         ({"prompt": "x", "max_tokens": 1024}, "prompt", "context_length_exceeded"),
         ({"prompt": "x" * 1024}, "prompt", "context_length_exceeded"),
-        ({"prompt": "x", "user": "u" * 100_000}, None, "invalid_request"),
+        ({"prompt": "x", "user": "u" * 1001}, "user", "invalid_value"),
         ({"max_tokens": 5}, "prompt", "invalid_value"),
         ([], None, None),
         ("x", None, None),
@@ -243,7 +243,7 @@ def test_other_refusals_have_that_form_too(server: Running) -> None:
     assert wrong.value.param == "n"
     assert httpx.get(f"{server.url}/v1/nothing").json()["error"]["type"] == "not_found_error"
     assert httpx.get(f"{server.url}/v1/completions").status_code == 405
-    for body in (b"{", b"\xff", b"[" * 100_000, b'{"prompt": 1e9999}'):
+    for body in (b"{", b"\xff", b"[" * 50_000, b'{"prompt": 1e9999}'):
         answer = httpx.post(
             f"{server.url}/v1/completions", content=body, headers={"content-type": "application/json"}
         )
@@ -255,10 +255,12 @@ def test_other_refusals_have_that_form_too(server: Running) -> None:
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
 
 
-def test_a_body_that_is_too_long(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tiertree.server.streams.BODY_BYTES_MAX", 1000)
-    assert post(server, {"prompt": "x" * 900}).status_code == 200
-    answer = post(server, {"prompt": "x" * 1000})
+def test_a_body_that_is_too_long_for_the_model(server: Running) -> None:
+    most = 16 * server.worker.longest + (1 << 20)
+    assert most < 2 << 20
+    frame = len(json.dumps({"prompt": "x", "user": ""}))
+    assert post(server, {"prompt": "x", "user": "u" * (most - frame)}).status_code == 400, "it is read"
+    answer = post(server, {"prompt": "x", "user": "u" * (most - frame + 1)})
     assert (answer.status_code, answer.json()["error"]["type"]) == (413, "invalid_request_error")
 
 

@@ -45,8 +45,7 @@ def test_a_conversation_survives_a_restart_from_disk(tmp_path: Path) -> None:
         first.process.terminate()
         until(lambda: health(first) != 200, "it does not drain")
         assert list(stream)[-1].choices[0].finish_reason == "length", "what runs is finished"
-        _, said = first.process.communicate(timeout=SECONDS)
-        assert (first.process.returncode, said) == (0, "SIGTERM: finishing what runs\n")
+        assert first.ended() == (0, "SIGTERM: finishing what runs\n")
     with serving("--model", "tiny-llama", disk=disk) as second:
         after = talk(second.url, 3)
         assert [text for text, _ in after] == [text for text, _ in before]
@@ -100,6 +99,7 @@ def health(server: Process) -> int:
         ("--model tiny --device-memory much --port 0", "--device-memory: 'much' is not a size"),
         ("--model tiny --device-memory 1KiB --port 0", "device"),
         ("--model tiny --torch-device none --port 0", "--torch-device: none cannot be used: "),
+        ("--model tiny --torch-device meta --port 0", "--torch-device: meta cannot be used: "),
         ("--model tiny --chunk-tokens 17 --port 0", "chunk_tokens: 17 is not allowed"),
         ("--model tiny --request-seconds nan", "--request-seconds: nan is not allowed"),
         ("--model tiny --drain-seconds soon", "--drain-seconds: 'soon' is not a number of seconds"),

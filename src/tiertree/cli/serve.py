@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import signal
 import sys
-from typing import Any
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 from ..types import ConfigError, WritePolicy
 from .common import numbers
@@ -86,7 +92,35 @@ def _number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds") from None
 
 
+@contextmanager
+def _ends_at_once() -> Iterator[None]:
+    """SIGINT and SIGTERM end the process, with one line and a shell's status, where the server itself does
+    not listen to them: while modules and a model are loaded, which may swallow an exception or turn it into
+    another. Elsewhere than in the main thread, where signals do not arrive, nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _: object) -> NoReturn:
+        word = b"interrupted" if number == signal.SIGINT else b"terminated"
+        with contextlib.suppress(OSError):
+            os.write(2, b"tiertree serve: " + word + b"\n")
+        os._exit(128 + number)
+
+    before = {each: signal.signal(each, end) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, signal.SIG_DFL if handler is None else handler)
+
+
 def _run(arguments: argparse.Namespace) -> int:
+    with _ends_at_once():
+        return _serve(arguments)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
     _check(arguments)
     try:
         from ..server.load import Options

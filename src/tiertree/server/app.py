@@ -6,6 +6,7 @@ POST /v1/completions   POST /v1/chat/completions   GET /v1/models   GET /health 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from typing import Any
 
@@ -26,23 +27,24 @@ GRACE_SECONDS = 5.0
 STATS_SECONDS = 30.0
 """How long `/stats` waits for the engine's thread, which may be in a long forward pass."""
 SALT_HEADER = "x-cache-salt"
+_log = logging.getLogger(__name__)
 
 
 def make_app(service: Service) -> FastAPI:
     """The application. Its worker is started and stopped elsewhere."""
     app = FastAPI(openapi_url=None)
-    app.add_middleware(BodyLimit)
+    app.add_middleware(BodyLimit, longest=service.worker.longest)
     _errors(app)
     _questions(app, service)
 
     @app.post("/v1/completions")
     async def completions(asked: Completion, http: Request) -> Response:
-        exchange = service.of_completion(asked, http.headers.get(SALT_HEADER))
+        exchange = await service.of_completion(asked, http.headers.get(SALT_HEADER))
         return await _answer(service, http, asked, exchange, TextForm(bool(asked.stream)))
 
     @app.post("/v1/chat/completions")
     async def chat(asked: Chat, http: Request) -> Response:
-        exchange = service.of_chat(asked, http.headers.get(SALT_HEADER))
+        exchange = await service.of_chat(asked, http.headers.get(SALT_HEADER))
         return await _answer(service, http, asked, exchange, ChatForm(bool(asked.stream)))
 
     return app
@@ -104,4 +106,5 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:
+        _log.error("a request has failed", exc_info=error)
         return await refused(_, ApiError(500, f"the server failed: {type(error).__name__}"))

@@ -1,10 +1,11 @@
 """What clients send: the fields of the two routes, and which values are allowed.
 
-    body ─▶ Completion | Chat ─▶ .sampling, .stops, .tenant, …
+    body ─▶ Completion | Chat ─▶ .sampling, .stops, .namespace, …
 
-Fields that are not here are ignored, as clients send many. Fields that would change the answer and that this
-server does not do are refused unless they have the value that changes nothing. Types are strict: "5" is no
-number. Lengths and ids are checked where the model is known.
+Fields that are not here are ignored, as clients send many. Fields that are known to change the answer, in
+the official API or at other servers, and that this server does not do are refused unless they have the value
+that changes nothing. Types are strict: "5" is no number. Lengths and ids are checked where the model is
+known.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from .failures import ApiError, refused, unsupported
 STOPS_MAX = 16
 """Stop strings of one request, and characters of each in hundreds: what is held back is bounded by it."""
 STOP_CHARACTERS_MAX = 100 * STOPS_MAX
+SALT_BYTES_MAX = 1000
+"""Bytes of a salt or a user in UTF-8: what a namespace of the cache takes, less what is put before."""
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -31,10 +34,29 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (1,),
     "logit_bias": ({},),
     "tools": ([],),
+    "tool_choice": ("none", "auto"),
     "functions": ([],),
+    "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
+    "min_tokens": (0,),
+    "min_p": (0,),
+    "length_penalty": (1,),
+    "use_beam_search": (False,),
+    "bad_words": ([],),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": (),
+    "prompt_logprobs": (),
+    "truncate_prompt_tokens": (),
+    "add_special_tokens": (),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
 }
 """Fields that are not supported → the values, beside null, that change nothing."""
 
@@ -108,8 +130,9 @@ class Asked(BaseModel):
             return f"salt:{salt}"
         return f"user:{self.user}" if self.user else ""
 
-    def check(self) -> None:
-        """Refuse what this server does not do, and text that is not Unicode. Raises ApiError."""
+    def check(self, header: str | None = None) -> None:
+        """Refuse what this server does not do, text that is not Unicode, and salts that are too long, of
+        which `header` is one. Raises ApiError."""
         for name, allowed in _NEUTRAL.items():
             value = (self.model_extra or {}).get(name)
             if value is not None and not any(_same(value, each) for each in allowed):
@@ -120,6 +143,10 @@ class Asked(BaseModel):
             raise refused("stream_options", "is allowed only with stream")
         for name, text in (("user", self.user), ("cache_salt", self.cache_salt), ("model", self.model)):
             unicode(name, text or "")
+        salts = (("user", self.user), ("cache_salt", self.cache_salt), ("X-Cache-Salt", header))
+        for name, text in salts:
+            if len((text or "").encode()) > SALT_BYTES_MAX:
+                raise refused(name, f"is too long; allowed: {SALT_BYTES_MAX} bytes of UTF-8")
         for each in self.stops:
             unicode("stop", each)
 
@@ -213,6 +240,8 @@ class Chat(Asked):
 def invalid(errors: list[Any]) -> ApiError:
     """What pydantic found wrong first, as an ApiError that names the field."""
     first = errors[0]
+    if isinstance(first.get("input"), bytes):  # the body as it came: nobody said that it is JSON
+        return ApiError(415, "the header Content-Type must be application/json", "Content-Type")
     path = [each for each in first["loc"] if each != "body"]
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "json_invalid" or not path:

@@ -72,10 +72,19 @@ def load(options: Options) -> Loaded:
     try:
         device = torch.device(options.torch_device)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise NotImplementedError("there is no memory behind it")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"--torch-device: {options.torch_device} cannot be used: {_short(error)}") from None
+        raise _no_device(options, error) from None
     model, tokenizer = _checkpoint(options) if os.path.isdir(options.model) else _tiny(options)
-    return Loaded(model.to(device).eval(), tokenizer)
+    try:
+        return Loaded(model.to(device).eval(), tokenizer)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise _no_device(options, error) from None
+
+
+def _no_device(options: Options, error: Exception) -> ConfigError:
+    return ConfigError(f"--torch-device: {options.torch_device} cannot be used: {_short(error)}")
 
 
 def _tiny(options: Options) -> Loaded:

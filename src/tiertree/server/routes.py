@@ -40,20 +40,38 @@ class Service:
     request_seconds: float
     """How long one request may take."""
 
-    def of_completion(self, asked: Completion, salt: str | None) -> Exchange:
-        """Raises ApiError."""
-        prompts = [self._completion_tokens(each) for each in asked.prompts]
-        if len(prompts) > (most := self.worker.requests_max):
-            raise refused("prompt", f"{len(prompts)} prompts are too many; allowed: {most}")
+    async def of_completion(self, asked: Completion, salt: str | None) -> Exchange:
+        """What `asked` says, with its texts as tokens: they are made in another thread, so that nobody waits
+        for them, and last, so that what is refused anyhow costs little. Raises ApiError."""
+        self._check(asked, salt)
+        given = asked.prompts
+        if len(given) > (most := self.worker.requests_max):
+            raise refused("prompt", f"{len(given)} prompts are too many; allowed: {most}")
+        prompts = await asyncio.to_thread(lambda: [self._completion_tokens(each) for each in given])
         return self._exchange(asked, salt, prompts, "prompt", COMPLETION_TOKENS)
 
-    def of_chat(self, asked: Chat, salt: str | None) -> Exchange:
-        """Raises ApiError."""
-        return self._exchange(asked, salt, [self.tokenizer.chat(asked.turns)], "messages", CHAT_TOKENS)
+    async def of_chat(self, asked: Chat, salt: str | None) -> Exchange:
+        """As `of_completion`. Raises ApiError."""
+        self._check(asked, salt)
+        turns = asked.turns
+        tokens = await asyncio.to_thread(self.tokenizer.chat, turns)
+        if not tokens and any(each["content"] for each in turns):
+            raise _no_tokens("messages")
+        return self._exchange(asked, salt, [tokens], "messages", CHAT_TOKENS)
+
+    def _check(self, asked: Asked, salt: str | None) -> None:
+        """What can be said without the tokens of the prompts."""
+        asked.check(salt)
+        if asked.model is not None and asked.model != self.name:
+            raise ApiError(404, f"model: there is only {self.name!r} here", "model", code="model_not_found")
+        self._known("stop_token_ids", asked.stop_token_ids or [])
 
     def _completion_tokens(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
-            return self.tokenizer.encode(unicode("prompt", prompt))
+            tokens = self.tokenizer.encode(unicode("prompt", prompt))
+            if prompt and not tokens:
+                raise _no_tokens("prompt")
+            return tokens
         self._known("prompt", prompt)
         return prompt
 
@@ -65,11 +83,7 @@ class Service:
     def _exchange(
         self, asked: Asked, salt: str | None, prompts: list[list[int]], field: str, default: int
     ) -> Exchange:
-        asked.check()
-        if asked.model is not None and asked.model != self.name:
-            raise ApiError(404, f"model: there is only {self.name!r} here", "model", code="model_not_found")
         own = asked.stop_token_ids or []
-        self._known("stop_token_ids", own)
         stop = tuple(dict.fromkeys([*([] if asked.ignore_eos else self.tokenizer.enders), *own]))
         namespace = asked.namespace(salt)
         requests = [
@@ -99,6 +113,10 @@ class Service:
                 code="context_length_exceeded",
             )
         return min(room, default) if asked is None else asked
+
+
+def _no_tokens(field: str) -> ApiError:
+    return refused(field, "the model's tokenizer makes no token of this text; the checkpoint may have none")
 
 
 class Exchange:

@@ -1,6 +1,6 @@
 """One server from start to end.
 
-bind ─▶ load the model ─▶ open the engine ─▶ listen ══ serve ══▶ signal ─▶ drain ─▶ close
+bind ─▶ load the model ─▶ open the engine ─▶ accept ══ serve ══▶ signal ─▶ drain ─▶ close
                                                                  new requests: 503
 a second signal: out, at once; what storage has acknowledged is safe all the same
 """
@@ -29,6 +29,8 @@ CLOSE_SECONDS = 30.0
 """How long what is on its way to storage may take to get there when the server ends."""
 FLUSH_SECONDS = 5
 """How long the last answers may take to reach their clients."""
+BACKLOG = 2048
+"""Connections that wait to be taken."""
 _log = logging.getLogger(__name__)
 
 
@@ -48,6 +50,7 @@ def serve(options: Options, host: str, port: int, request_seconds: float, drain_
             request_seconds=request_seconds,
         )
         server = Server(service, drain_seconds, lambda: _say_where(listener))
+        _quiet()
         try:
             asyncio.run(server.serve([listener]))
         finally:
@@ -63,7 +66,8 @@ def serve(options: Options, host: str, port: int, request_seconds: float, drain_
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket at `host` and `port` (0: any free one) that does not listen yet. Raises ConfigError."""
+    """A socket at `host` and `port` (0: any free one) that listens: it is nobody else's while the model is
+    loaded, and clients that come by then wait. Raises ConfigError."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -72,12 +76,20 @@ def bind(host: str, port: int) -> socket.socket:
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
+            listener.listen(BACKLOG)
         except BaseException:
             listener.close()
             raise
     except (OSError, OverflowError, UnicodeError) as error:
         raise ConfigError(f"--host, --port: {host}:{port} cannot be used: {error}") from None
     return listener
+
+
+def _quiet() -> None:
+    """What clients do is no news: garbage and hang-ups would let anybody write to stderr, and stop the server
+    if nobody reads that. What fails here is logged here."""
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
 
 
 def _say_where(listener: socket.socket) -> None:

@@ -15,8 +15,10 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 T = TypeVar("T")
-BODY_BYTES_MAX = 64 << 20
-"""Bytes that the body of a request may have."""
+BODY_TOKEN_BYTES = 16
+"""Bytes of a body per token that a prompt may have: several times what text and token ids need."""
+BODY_SPARE_BYTES = 1 << 20
+"""Bytes of a body for everything else, such as many short prompts."""
 
 
 class HungUp(Exception):
@@ -75,10 +77,12 @@ class EventStream(Response):
 
 
 class BodyLimit:
-    """Refuses bodies that are too long, with 413, as they come in."""
+    """Refuses bodies that are too long for prompts of `longest` tokens, with 413, as they come in: what
+    reading a body costs is everybody's time."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, longest: int) -> None:
         self._app = app
+        self._most = BODY_TOKEN_BYTES * longest + BODY_SPARE_BYTES
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on, counting."""
@@ -88,8 +92,8 @@ class BodyLimit:
             nonlocal had
             message = await receive()
             had += len(message.get("body", b""))
-            if had > BODY_BYTES_MAX:
-                raise HTTPException(413, f"the body is too long; allowed: {BODY_BYTES_MAX} bytes")
+            if had > self._most:
+                raise HTTPException(413, f"the body is too long; allowed: {self._most} bytes")
             return message
 
         await self._app(scope, counting, send)
