@@ -22,19 +22,27 @@ from numpy.typing import NDArray
 
 from ..cache import PrefixCache
 from ..tree.key import check_namespace
-from ..types import ConfigError, Tier
-from .request import GREEDY, Finish, InvalidRequest, Limits, Overloaded, Reply, Request, Sampling
+from .checks import chunk_tokens, key_units
+from .request import (
+    GREEDY,
+    EngineBroken,
+    Finish,
+    InvalidRequest,
+    Limits,
+    Overloaded,
+    Reply,
+    Request,
+    Sampling,
+)
 from .row import Runner
 from .scheduler import Scheduler, lacks
-from .sequence import Lost, is_state
+from .sequence import Lost
 from .sequence import Sequence as Served
 
 IDLE_SECONDS = 0.02
 """How long `run` sleeps at most when there is nothing to compute."""
 RESTARTS_MAX = 16
 """How often a request may begin again because what it relied on was lost."""
-STATES_MIN = 3
-"""States of one recurrent kind that a request may hold: the one it read, the one it writes, one saved."""
 
 
 class Engine:
@@ -53,8 +61,11 @@ class Engine:
         self.clock = clock
         self.idle = True
         """Whether the last step had nothing to compute: time to `wait`."""
+        self.broken = False
+        """Whether a step was interrupted, by Ctrl-C say, while the books were changing: nothing but closing
+        the cache is possible then. An interrupt while the model computes breaks nothing."""
         self._runner = runner
-        self._chunk = _chunk_tokens(cache, self.limits)
+        self._chunk = chunk_tokens(cache, self.limits)
         self._scheduler = Scheduler(cache, self.limits, self._chunk, clock)
         self._count = 0
         self._touched: dict[int, Reply] = {}
@@ -86,6 +97,7 @@ class Engine:
     def submit(self, request: Request) -> Reply:
         """Take `request`; `step` serves it. Raises InvalidRequest for what can never be served, Overloaded
         while `limits.max_waiting` requests wait. O(tokens)."""
+        self._check()
         units = self._units(request)
         check_namespace(scope := self.scope(request))
         if self.waiting >= self.limits.max_waiting:
@@ -101,15 +113,17 @@ class Engine:
 
     def abort(self, reply: Reply) -> None:
         """End `reply` now; what it has computed stays in the cache. Nothing if it has ended."""
-        if reply.finish is None:
-            sequence = next(each for each in self._everybody() if each.reply is reply)
+        if reply.finish is None and not self.broken:
+            sequence = next((each for each in self._everybody() if each.reply is reply), None)
+            if sequence is None:
+                raise InvalidRequest("reply: is not one of this engine's")
             if sequence in self._scheduler.running:
                 sequence.hand_over()
             self._end(sequence, Finish.ABORT)
 
     def abort_all(self) -> None:
         """End everybody."""
-        for sequence in self._everybody():
+        for sequence in [] if self.broken else self._everybody():
             if sequence.reply.finish is None:
                 self.abort(sequence.reply)
             else:
@@ -124,6 +138,8 @@ class Engine:
         """Serve everybody a little: see the drawing above. Waits for nothing but what it computes, and for
         layers that are on their way from host. Returns the replies that have grown or ended. An exception of
         the runner ends the requests that it was computing with an error, and is raised."""
+        self._check()
+        self.broken = True  # until the books are in order again
         self._touched, self.idle = {}, True
         self.cache.poll()
         for sequence, lacking in self._scheduler.admit():
@@ -133,6 +149,7 @@ class Engine:
         if not computed or self._since_decode >= self.limits.burst_tokens:
             self._since_decode = 0
             self._decode()
+        self.broken = False
         return list(self._touched.values())
 
     def wait(self, seconds: float) -> None:
@@ -252,6 +269,7 @@ class Engine:
         except BaseException as error:
             for each in sequences:
                 self._end(each, Finish.ERROR, f"{type(error).__name__}: {error}")
+            self.broken = False
             raise
         right = torch.isfinite(logits.amax(1)).tolist()  # some may be −∞, but none +∞ or NaN
         for sequence, row, is_right in zip(sequences, logits, right, strict=True):
@@ -306,75 +324,11 @@ class Engine:
             reply.finish, reply.error, reply.finished = finish, error, self.clock()
             self._touched[reply.number] = reply
 
-    # -- checks -----------------------------------------------------------------------------------
-
     def _units(self, request: Request) -> NDArray[np.int64]:
-        """What stands for the prompt in keys. Raises InvalidRequest."""
-        tokens = _token_ids("tokens", request.tokens, self._runner.vocab_size)
-        _token_ids("stop", request.stop, self._runner.vocab_size)
-        most, page = request.max_new_tokens, self.cache.config.page_size
-        if type(most) is not int or most < 1:
-            raise InvalidRequest(f"max_new_tokens: {most!r} is not allowed; allowed: at least 1")
-        if not len(tokens):
-            raise InvalidRequest("tokens: there are none; allowed: at least one")
-        allowed = min(self.limits.max_tokens, self.cache.config.device_pages * page)
-        if len(tokens) + most > allowed:
-            raise InvalidRequest(
-                f"tokens: {len(tokens)} of the prompt and {most} of the answer are too many; "
-                f"allowed: {allowed}"
-            )
-        units, end = tokens.copy(), 0
-        for index, span in enumerate(request.spans):
-            shape = tuple(span.vectors.shape)
-            if len(shape) != 2 or not shape[0] or shape[1] != self._runner.hidden_size:
-                allowed_shape = f"[at least 1, {self._runner.hidden_size}]"
-                raise InvalidRequest(
-                    f"spans[{index}].vectors: {shape} is not allowed; allowed: {allowed_shape}"
-                )
-            if not end <= span.start or span.stop > len(tokens):
-                raise InvalidRequest(
-                    f"spans[{index}]: {span.start} to {span.stop} is not allowed; allowed: behind the one "
-                    f"before, inside the prompt of {len(tokens)}"
-                )
-            if self.cache.config.unit_bits != 64:
-                raise InvalidRequest("spans: need a cache with unit_bits 64")
-            units[span.start : span.stop], end = span.units(), span.stop
-        return units
+        config = self.cache.config
+        allowed = min(self.limits.max_tokens, config.device_pages * config.page_size)
+        return key_units(request, allowed, config.unit_bits, self._runner)
 
-
-def _token_ids(name: str, values: Sequence[int], vocabulary: int) -> NDArray[np.int64]:
-    try:
-        tokens = np.asarray(values)
-    except ValueError:  # lists of unequal lengths
-        tokens = np.empty((1, 1))
-    if tokens.shape == (0,):
-        return np.empty(0, np.int64)
-    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        raise InvalidRequest(f"{name}: must be a flat sequence of integers")
-    if tokens.min() < 0 or tokens.max() >= vocabulary:
-        raise InvalidRequest(f"{name}: {tokens.min()} to {tokens.max()}; allowed: 0 to {vocabulary - 1}")
-    return tokens.astype(np.int64)
-
-
-def _chunk_tokens(cache: PrefixCache, limits: Limits) -> int:
-    """Tokens of a chunk: as the limits say, but no more than the pools of windows take."""
-    config = cache.config
-    page, chunk = config.page_size, limits.chunk_tokens
-    if chunk % page:
-        raise ConfigError(f"chunk_tokens: {chunk} is not allowed; allowed: a multiple of page_size {page}")
-    capacity = config.kind_pages(Tier.DEVICE)
-    for each in config.kinds:
-        have = capacity[each.kind]
-        if is_state(each):
-            if have < STATES_MIN:
-                raise ConfigError(f"kinds: {have} slots of {each.kind} are too few; allowed: {STATES_MIN}")
-            continue
-        far = 1 << 20
-        room = have - (far - each.rules.since(far, page)) - 1
-        if room < 1:
-            raise ConfigError(
-                f"kinds: {have} pages of {each.kind} are too few; allowed: at least {have - room + 1}, for "
-                "the window and a page to compute"
-            )
-        chunk = min(chunk, room * page)
-    return chunk
+    def _check(self) -> None:
+        if self.broken:
+            raise EngineBroken("a step of this engine was interrupted half-way; close it and make another")

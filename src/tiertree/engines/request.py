@@ -31,6 +31,10 @@ class InvalidRequest(TiertreeError, ValueError):
     """A request that can never be served; the message names what is wrong and what is allowed."""
 
 
+class EngineBroken(TiertreeError):
+    """An engine was interrupted while its books were changing."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How a token is chosen from logits. Raises ConfigError."""
