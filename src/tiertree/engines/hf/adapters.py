@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..request import InvalidRequest
-from .plan import UnsupportedModel
+from .probe import UnsupportedModel
 
 
 class Adapters:
@@ -36,6 +36,9 @@ class Adapters:
                 raise UnsupportedModel(
                     f"adapters: {place} has a {type(layer).__name__}; supported: LoRA and others that scale"
                 )
+        self._check_merged()
+
+    def _check_merged(self) -> None:
         if any(layer.merged for layer in self.layers.values()):
             raise UnsupportedModel("adapters: one is merged into the weights; required: unmerge it")
 
@@ -52,8 +55,9 @@ class Adapters:
 
     def use(self, name: str) -> None:
         """Compute with the adapter `name` from now on, with none for "". Raises InvalidRequest for one that
-        is not there. O(layers)."""
+        is not there, UnsupportedModel while any is merged into the weights. O(layers)."""
         self.check(name)
+        self._check_merged()
         for layer in self.layers.values():
             if layer.disable_adapters is not (not name):
                 layer.enable_adapters(bool(name))

@@ -1,6 +1,7 @@
 """What a model's KV depends on besides its tokens, as text for keys: `(model, revision)`.
 
-    model      class, element type, attention kernel, version of transformers, SHA-256 of the config
+    model      class, element type, attention kernel, version of transformers, SHA-256 of the config and
+             of the kernels of its parts
     revision   SHA-256 over names, shapes, types and checksums of all weights and buffers
 
 The same weights give the same text in every process and on every device; any other gives another. Where
@@ -50,7 +51,8 @@ def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def _model_text(model: PreTrainedModel) -> str:
-    config = json.dumps(_plain(model.config.to_dict()), sort_keys=True, default=str)
+    about_all = [_plain(model.config.to_dict()), _kernels(model.config)]
+    config = json.dumps(about_all, sort_keys=True, default=str)
     about = (
         type(model).__name__,
         str(model.dtype).removeprefix("torch."),
@@ -59,6 +61,16 @@ def _model_text(model: PreTrainedModel) -> str:
         hashlib.sha256(config.encode()).hexdigest(),
     )
     return "/".join(map(str, about))
+
+
+def _kernels(config: Any) -> list[Any]:
+    """How attention and experts are computed, here and in each part (text, vision): not in `to_dict`."""
+    parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", None) or {}}
+    return [
+        getattr(config, "_attn_implementation", None),
+        getattr(config, "_experts_implementation", None),
+        {name: _kernels(part) for name, part in parts.items() if part is not None},
+    ]
 
 
 def _plain(value: Any) -> Any:

@@ -36,6 +36,7 @@ from ...pools.group import KindPools, PoolGroup
 from ...types import MAMBA, Kind
 from ..row import Row, Table
 from .plan import CONV, RECURRENT, LayerPlan, Plan, StateShape
+from .probe import UnsupportedModel
 
 Where = slice | torch.Tensor
 """Tokens of a pool: a run of them, or one index per token."""
@@ -156,6 +157,8 @@ class Frame:
         return both[..., : keys.shape[-1]], both[..., keys.shape[-1] :]
 
     def _plane(self, plane: torch.Tensor, where: Columns, new: torch.Tensor) -> torch.Tensor:
+        if new.dtype != plane.dtype:
+            raise UnsupportedModel(f"model: computes {new.dtype}, kept is {plane.dtype}; make a new engine")
         heads, size = plane.shape[1:]
         tokens = new.transpose(1, 2).reshape(-1, heads, size)
         if isinstance(where.write, slice):

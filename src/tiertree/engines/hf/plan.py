@@ -16,60 +16,30 @@ here, by name.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Final, NamedTuple
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import (
-    DummyLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
-    LinearAttentionLayer,
-)
 
 from ...config import Attention, KVLayout, SidecarConfig, StateLayout
-from ...types import FULL, MAMBA, SWA, ConfigError, Kind
+from ...types import FULL, MAMBA, SWA, Kind
+from .probe import (
+    HOLDS,
+    Holds,
+    UnsupportedModel,
+    check_causal,
+    check_continues,
+    check_inference,
+    masks_padding,
+)
 
 RECURRENT: Final = "recurrent"
 CONV: Final = "conv"
 """What states there are. The second is the name of the sidecar on which short convolutions' states ride."""
 _PROBE_TOKENS: Final = 4
-_PIECES: Final = (0, 16, 18, 19)
-"""Where a prompt is cut that tries whether a model goes on from its own cache. A lost state shows most soon
-after the cut."""
-_OFF_MAX: Final = 0.01
-_OFF_MAX_HALF: Final = 0.3
-"""By how much of their length tensors may differ when a prompt comes in pieces. Rounding makes less than
-0.001 of it in float32, in half precision more, above all where a token goes to another expert."""
 _DTYPES: Final = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-
-
-class UnsupportedModel(ConfigError):
-    """A model whose state cannot be kept in pages, or not exactly; the message names the layer or setting."""
-
-
-class Holds(NamedTuple):
-    """What a class of cache layers of transformers holds."""
-
-    kv: bool
-    window: bool
-    state: bool
-
-
-HOLDS: Final[dict[type, Holds]] = {
-    DynamicLayer: Holds(kv=True, window=False, state=False),
-    DynamicSlidingWindowLayer: Holds(kv=True, window=True, state=False),
-    LinearAttentionLayer: Holds(kv=False, window=False, state=True),
-    LinearAttentionAndFullAttentionLayer: Holds(kv=True, window=False, state=True),
-    LinearAttentionAndSlidingWindowAttentionLayer: Holds(kv=True, window=True, state=True),
-    DummyLayer: Holds(kv=False, window=False, state=False),
-}
-"""The layers that can be kept in pages. A class of them made elsewhere is another class, and refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +115,7 @@ class Plan:
     max_tokens: int | None
     """For longer prompts the model has no positions, or gives earlier tokens other KV; None: no limit."""
     accepts: frozenset[str]
-    """Names of the arguments that the model's forward pass takes."""
+    """Names of the arguments that the model's forward pass takes, and heeds."""
 
     @property
     def windows(self) -> dict[Kind, KVShape]:
@@ -175,7 +145,7 @@ class Plan:
 
 
 def make_plan(model: PreTrainedModel) -> Plan:
-    """Read `model`, with one forward pass of four tokens. Raises UnsupportedModel."""
+    """Read `model`, with a few forward passes of up to 19 tokens. Raises UnsupportedModel."""
     _check_settings(model)
     config = model.config.get_text_config(decoder=True)
     cache = DynamicCache(config=model.config)
@@ -190,7 +160,10 @@ def make_plan(model: PreTrainedModel) -> Plan:
     shapes = kinds_of(kvs)
     recurrent, conv = _states(cache.layers)
     accepts = frozenset(inspect.signature(model.forward).parameters)
-    _check_continues(model, accepts)
+    check_causal(model)
+    check_continues(model, accepts)
+    if {"position_ids", "attention_mask"} <= accepts and not masks_padding(model, accepts):
+        accepts -= {"attention_mask"}
     return Plan(
         layers=_places(cache.layers, kvs, shapes),
         shapes=shapes,
@@ -215,39 +188,6 @@ def _probe(model: PreTrainedModel, cache: DynamicCache) -> int:
         ) from error
 
 
-def _check_continues(model: PreTrainedModel, accepts: frozenset[str]) -> None:
-    """Refuse a model that computes something else when a prompt comes in pieces, at positions that are told:
-    some forget their state between passes of several tokens, some count positions otherwise."""
-    count = model.config.get_text_config(decoder=True).vocab_size
-    ids = torch.arange(_PIECES[-1], device=model.device)[None] % count
-    whole, pieces = DynamicCache(config=model.config), DynamicCache(config=model.config)
-    with torch.no_grad():
-        expected = model(input_ids=ids, past_key_values=whole, use_cache=True).logits[:, -1]
-        for low, high in pairwise(_PIECES):
-            places = torch.arange(low, high, device=model.device)
-            told = {"position_ids": places[None], "cache_position": places}
-            told = {name: value for name, value in told.items() if name in accepts}
-            found = model(input_ids=ids[:, low:high], past_key_values=pieces, use_cache=True, **told).logits
-    pairs = [(expected, found[:, -1]), *zip(_kept(whole), _kept(pieces), strict=True)]
-    off = max(float((one.float() - other.float()).norm() / one.float().norm()) for one, other in pairs)
-    if not off <= (_OFF_MAX if model.dtype is torch.float32 else _OFF_MAX_HALF):
-        raise UnsupportedModel(
-            f"model: {type(model).__name__} computes something else when a prompt comes in pieces (off by "
-            f"{off:.2%}); supported: models that go on from their own cache"
-        )
-
-
-def _kept(cache: DynamicCache) -> Iterator[torch.Tensor]:
-    """All that a model keeps."""
-    layers: Sequence[Any] = cache.layers
-    for layer in layers:
-        holds = HOLDS[type(layer)]
-        tensors = [layer.keys, layer.values] if holds.kv else []
-        if holds.state:
-            tensors += [*layer.recurrent_states.values(), *layer.conv_states.values()]
-        yield from (each for each in tensors if each is not None)
-
-
 def _check_settings(model: PreTrainedModel) -> None:
     """Refuse what makes state more than a function of the tokens before it."""
     config = model.config.get_text_config(decoder=True)
@@ -259,8 +199,7 @@ def _check_settings(model: PreTrainedModel) -> None:
         raise UnsupportedModel(
             f"use_bidirectional_attention: {both!r} is not supported; supported: causal attention"
         )
-    if model.training:
-        raise UnsupportedModel("model: is in training mode; required: model.eval()")
+    check_inference(model.named_modules())
     if len({each.device for each in model.parameters()}) > 1:
         raise UnsupportedModel("model: is spread over several devices; supported: all of it on one")
 

@@ -13,7 +13,8 @@ from ..request import InvalidRequest
 from ..row import Embeds, Row
 from .adapters import Adapters
 from .paged import PagedCache, Planes
-from .plan import Plan, UnsupportedModel
+from .plan import Plan
+from .probe import check_inference
 
 
 class HFRunner:
@@ -27,6 +28,7 @@ class HFRunner:
         self._planes = Planes(plan, pools)
         self._adapters = Adapters(model) if adapters is None else adapters
         self._device = self._planes.device
+        self._modules = tuple(model.named_modules())
         self._scale: float | None = None
 
     @property
@@ -41,19 +43,18 @@ class HFRunner:
 
     def forward(self, rows: Sequence[Row], adapter: str = "") -> torch.Tensor:
         """See `Runner`. Raises InvalidRequest for an adapter that the model does not have, UnsupportedModel
-        if the model is in training mode."""
-        if self._model.training:
-            raise UnsupportedModel("model: is in training mode; required: model.eval()")
+        if any part of the model is in training mode, or an adapter is merged into its weights."""
+        check_inference(self._modules)
         self._adapters.use(adapter)
         with torch.inference_mode(), torch.autocast(self._device.type, enabled=False):
             parts = [self._pass(part) for part in self._together(rows)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _together(self, rows: Sequence[Row]) -> list[Sequence[Row]]:
-        """The rows that may share a pass, in order: all of them where positions can be given and none is
-        without a state to go on from while others have one."""
+        """The rows that may share a pass, in order: all of them where positions can be given, padding is
+        masked and none is without a state to go on from while others have one."""
         fresh = bool(self.plan.states) and any(row.start == 0 for row in rows)
-        alone = len(rows) > 1 and (fresh or "position_ids" not in self.plan.accepts)
+        alone = len(rows) > 1 and (fresh or not {"position_ids", "attention_mask"} <= self.plan.accepts)
         return [[row] for row in rows] if alone else [rows]
 
     def _pass(self, rows: Sequence[Row]) -> torch.Tensor:

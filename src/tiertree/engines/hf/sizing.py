@@ -30,6 +30,7 @@ from ...config import (
     slot_bytes,
 )
 from ...types import FULL, MAMBA, ConfigError, Kind
+from .adapters import unwrapped
 from .fingerprint import fingerprint
 from .plan import Plan, make_plan
 
@@ -57,7 +58,7 @@ class Identity:
 
 
 def cache_config(
-    model: PreTrainedModel,
+    model: Any,
     /,
     *,
     device: Size | DeviceConfig = "64MiB",
@@ -67,13 +68,14 @@ def cache_config(
     kinds: Sequence[KindConfig] = (),
     **others: Any,
 ) -> CacheConfig:
-    """The configuration of a cache for `model`: layout, kinds, sidecars, model and revision are read from it.
-    A size in bytes is that of all kinds together on that tier; one in pages is that of FULL, and the other
-    kinds get as many bytes each, but no more slots. A window is kept at the ends of conversations; with
-    SlidingWindow(checkpoint_tokens=…) in `kinds` also inside them, for prompts that branch there. `kinds`
-    stand instead of those of the same name and need no layout. `others` are fields of CacheConfig. Raises
-    ConfigError, UnsupportedModel. O(bytes of the weights)."""
-    known = Identity.of(model)
+    """The configuration of a cache for `model`, also if peft has wrapped it: layout, kinds, sidecars, model
+    and revision are read from it. A size in bytes is that of all kinds together on that tier; one in pages is
+    that of FULL, and the other kinds get as many bytes each, but no more slots. `storage` needs a `host`. A
+    window is kept at the ends of conversations; with SlidingWindow(checkpoint_tokens=…) in `kinds` also
+    inside them, for prompts that branch there. `kinds` stand instead of those of the same name and need no
+    layout. `others` are fields of CacheConfig. Raises ConfigError, UnsupportedModel. O(bytes of the
+    weights)."""
+    known = Identity.of(unwrapped(model))
     if not isinstance(device, DeviceConfig):
         device = DeviceConfig(size=device, torch_device=str(known.device))
     if host is not None and not isinstance(host, HostConfig):
@@ -82,8 +84,8 @@ def cache_config(
 
 
 def filled(known: Identity, config: CacheConfig) -> CacheConfig:
-    """`config`, which has no layout, as the configuration of a cache for a model. Its sizes are those that
-    `cache_config` takes; its `unit_bits` become 64."""
+    """`config`, which has no layout, as the configuration of a cache for a model. Its sizes are in pages
+    of FULL (CacheConfig takes bytes only with a layout); its `unit_bits` become 64."""
     others = {each.name: getattr(config, each.name) for each in fields(config) if each.name not in _DERIVED}
     if config.model:
         others["model"] = config.model
