@@ -1,8 +1,9 @@
 """The reference engine: continuous batching over a prefix cache, for any model behind `Runner`.
 
     submit ─▶ waiting ─▶ running: prefill, chunk by chunk ─▶ decode, together ─▶ finished
-                  step = poll · admit · one chunk of one prompt · one token for everybody who decodes
+                  step = poll · admit · one chunk of one prompt, or one token for everybody who decodes
 
+A token for everybody comes when no prompt is left to compute, and after every `Limits.burst_tokens` of them.
 Every chunk is inserted as soon as it is computed, so others share it at once, and it is copied to host
 while the next one is computed; an answer is inserted when it ends, or gives way. The first chunk after a
 hit begins while its pages are still coming from host: each layer waits for its own.

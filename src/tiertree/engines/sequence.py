@@ -29,6 +29,7 @@ from .row import Move, Row, Table
 from .sampling import Chooser
 
 NONE: Final = -1
+BEYOND_LAYERS: Final = 1 << 30
 LAYER_SECONDS: Final = 0.0002
 """How long a forward pass sleeps between two looks at whether a layer has been loaded back."""
 
@@ -280,6 +281,8 @@ class Sequence:
         )
 
     def _layer_ready(self, layer: int) -> None:
+        """Wait until `layer` of what is being loaded has arrived, for BEYOND_LAYERS until the load-back is
+        over. Raises Lost if it fails."""
         cache, load = self._cache, self.load
         while load is not None and load.state is Progress.PENDING and cache.layers_ready(load) <= layer:
             if not cache.poll():
@@ -290,11 +293,7 @@ class Sequence:
     def advance(self, count: int) -> None:
         """A pass has computed `count` tokens. Raises Lost if what it read has failed to arrive."""
         assert self.lease is not None
-        while self.load is not None and self.load.state is Progress.PENDING:
-            if not self._cache.poll():
-                time.sleep(LAYER_SECONDS)
-        if self.load is not None and self.load.state is Progress.FAILED:
-            raise Lost
+        self._layer_ready(BEYOND_LAYERS)
         self.load, self._computed = None, True
         self.done += count
         pages, rest = divmod(self.done, self._page)

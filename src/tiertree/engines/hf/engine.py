@@ -20,7 +20,7 @@ from .adapters import Adapters, unwrapped
 from .fingerprint import adapter_digest, fingerprint
 from .probe import check_inference
 from .runner import HFRunner
-from .sizing import Identity, cache_config, check_fit, filled
+from .sizing import Identity, by_default, check_fit, filled
 
 _ADAPTED = "lora:"
 _PLAIN = "plain"
@@ -49,7 +49,7 @@ class HFEngine(Engine):
         self.plan = known.plan
         self._fingerprint = known.model
         if config is None:
-            config = cache_config(self.model)
+            config = by_default(known)
         elif config.layout is None:
             config = filled(known, config)
         check_fit(known, config)

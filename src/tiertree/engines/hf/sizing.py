@@ -30,15 +30,15 @@ from ...config import (
     slot_bytes,
 )
 from ...types import FULL, MAMBA, ConfigError, Kind
+from ..checks import STATES_MIN
 from .adapters import unwrapped
 from .fingerprint import fingerprint
 from .plan import Plan, make_plan
 
 Size = int | str
 """Pages of FULL (int), or bytes of all kinds together ("64MiB")."""
+_DEVICE_SIZE: Final = "64MiB"
 _FAR: Final = 1 << 20
-_STATES_MIN: Final = 3
-"""A request reads a state, writes one and keeps one."""
 _DERIVED: Final = ("device", "host", "layout", "kinds", "sidecars", "model", "revision", "unit_bits")
 
 
@@ -61,7 +61,7 @@ def cache_config(
     model: Any,
     /,
     *,
-    device: Size | DeviceConfig = "64MiB",
+    device: Size | DeviceConfig = _DEVICE_SIZE,
     host: Size | HostConfig | None = None,
     storage: StorageConfig | None = None,
     page_size: int = 16,
@@ -81,6 +81,11 @@ def cache_config(
     if host is not None and not isinstance(host, HostConfig):
         host = HostConfig(size=host)
     return complete(known, device, host, tuple(kinds), {"storage": storage, "page_size": page_size} | others)
+
+
+def by_default(known: Identity) -> CacheConfig:
+    """What `cache_config` gives for a model when nothing else is said."""
+    return complete(known, DeviceConfig(size=_DEVICE_SIZE, torch_device=str(known.device)), None, (), {})
 
 
 def filled(known: Identity, config: CacheConfig) -> CacheConfig:
@@ -167,7 +172,7 @@ def _least(rules: Component | None, page_size: int) -> int:
     if rules is None:
         return 2
     needed = _FAR - rules.since(_FAR, page_size)
-    return _STATES_MIN if isinstance(rules, Mamba) else needed + 2
+    return STATES_MIN if isinstance(rules, Mamba) else needed + 2
 
 
 class Part:
